@@ -1,0 +1,60 @@
+"""Direct preference optimisation: pairs of a better and a worse answer -> a model that prefers the better one.
+
+The reference is the model that the run starts from: with LoRA the same weights with the adapter switched off, without it
+log-probabilities computed once before the first step, so that there is never a second model in memory.
+
+    DATA=data/preference bash run_dpo.sh
+    python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --output_dir outputs/dpo --do_train
+"""
+
+from suwen.arguments import parse_library_flags, parse_stage_arguments, run
+
+# 5e-7 and beta 0.1: Zephyr's DPO (Tunstall et al. 2023, arXiv:2310.16944); ten times that for LoRA (alignment-handbook).
+LEARNING_RATE, LORA_LEARNING_RATE = 5e-7, 5e-6
+HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", "num_train_epochs": 1}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_stage_arguments(argv, "dpo", __doc__, HELP_DEFAULTS)
+    from trl import DPOConfig
+
+    from suwen import models, stage
+    from suwen.data import prepare_data
+    from suwen.encoding import ChatEncoder, describe_row
+    from suwen.rows import PreferenceRows, pair_as_row
+    from suwen.trainers import PreferenceTrainer
+
+    library = parse_library_flags(args.library_flags, DPOConfig)
+    start, precision, length = stage.begin(args, library)
+
+    # Data: preference pairs -> ids of the prompt and of both answers
+    tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
+    encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))
+    data = prepare_data(args.data, "preference", PreferenceRows(encoder, length), args.run.output_dir)
+
+    # Model: base weights, quantised if asked, adapters on top
+    defaults = {
+        "learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE,
+        "num_train_epochs": 1,
+        "precompute_ref_log_probs": not args.lora.use_peft,
+        "per_device_eval_batch_size": 4,
+    }
+    config = stage.training_config(args, DPOConfig, library, precision, defaults, max_length=None)
+    model = models.load_for_training(start, args.model, args.lora, precision, length)
+    models.check_vocabulary(model, tokenizer)
+
+    # Training: resumes by itself, evaluates, saves
+    trainer = PreferenceTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        peft_config=models.lora_config(args.lora, model),
+        pure_bf16=args.model.pure_bf16,
+    )
+    stage.run_stage(trainer, args, data, start, encoder.stop_token_ids, describe_row(pair_as_row(data.train[0]), tokenizer))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Lint, types and tests; sets up the environment like the launchers, with requirements-dev.txt on top.
+#     bash run_tests.sh            lint, types, all tests but slow ones (under 15 minutes on two cores)
+#     bash run_tests.sh --fast     under a minute: no training, no second process
+#     bash run_tests.sh --all      everything
+# Further arguments go to pytest: bash run_tests.sh -k template
+set -eu
+cd "$(dirname "$0")"
+root=.
+. "$root/configs/launch.sh"
+
+if wants_help "$@"; then
+    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
+markers="not slow"
+case ${1:-} in
+    --fast) markers="not slow and not training and not distributed and not gpu" && shift ;;
+    --all) markers="" && shift ;;
+esac
+
+prepare_environment requirements-dev.txt
+# The tests need neither a network nor a GPU
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GRADIO_ANALYTICS_ENABLED=False
+failed=
+
+step() { # NAME COMMAND...: goes on after a failure, so that one run shows everything
+    name=$1
+    shift
+    started=$(date +%s)
+    printf '\n== %s\n' "$name"
+    if "$@"; then result=passed; else result=FAILED && failed="$failed $name"; fi
+    printf '== %s %s in %s s\n' "$name" "$result" "$(($(date +%s) - started))"
+}
+
+step lint "$python" -m ruff check .
+step format "$python" -m ruff format --check .
+step types "$python" -m mypy
+step tests "$python" -m pytest -m "$markers" "$@"
+
+if [ -n "$failed" ]; then
+    printf '\nFAILED:%s\n' "$failed"
+    exit 1
+fi
+printf '\nAll passed.\n'

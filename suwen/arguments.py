@@ -1,0 +1,399 @@
+"""Command line of the stage scripts: our flags, the library's flags, and the names that older launchers hold.
+
+Standard library only, so that `--help` and mistakes in our own flags are answered before torch loads.
+The training library's own flags (learning rate, batch size, ...) are handed to its config class afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+
+def flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = flag(
+        None,
+        "model folder, hub name, or a LoRA folder to go on from; unset: the finished stage before this one in --outputs,"
+        " else the embedded model",
+    )
+    tokenizer_name_or_path: str | None = flag(None, "tokenizer folder or hub name; unset: the model's own")
+    quantization: Literal["none", "8bit", "4bit"] = flag(
+        "none", "load the frozen base in bitsandbytes int8 or NF4 (with --use_peft)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "weights in memory; auto: float32 for what is trained, the compute precision for what is frozen"
+    )
+    pure_bf16: bool = flag(False, "train bfloat16 weights without float32 masters (least memory)")
+    attn_implementation: str | None = flag(None, "sdpa (default), eager, or another one known to transformers")
+    rope_scaling: Literal["linear", "dynamic", "yarn"] | None = flag(
+        None, "stretch RoPE so that --max_length fits; the factor follows from the model's own window"
+    )
+    outputs: str = flag("outputs", "where finished stages are looked for when --model_name_or_path is unset")
+
+
+@dataclass
+class DataArguments:
+    train_file_dir: str | None = flag(None, "files or folders, comma-separated, each with an optional weight: a:0.3,b")
+    validation_file_dir: str | None = flag(None, "held-out files or folders; unset: split off the training data")
+    template_name: str = flag("auto", "prompt template; auto: the tokenizer's own chat template")
+    thinking: Literal["auto", "on", "off"] = flag(
+        "auto", "thinking mode of the prompts; auto: on for answers that carry reasoning, off for the others"
+    )
+    columns: str | None = flag(None, "names for a table of your own, e.g. prompt=ask,response=answer")
+    max_length: int | None = flag(None, "tokens in a row (1024, or the model's window if that is shorter)")
+    packing: bool = flag(True, "several rows in one sequence, each isolated from the others (pretraining and SFT)")
+    train_on_inputs: bool = flag(False, "train on the prompts too, not on the answers alone")
+    max_train_samples: int | None = flag(None, "train on a seeded random choice of so many rows")
+    max_eval_samples: int | None = flag(None, "evaluate on a seeded random choice of so many rows")
+    validation_split_fraction: float = flag(0.05, "share of the training prompts held out when no validation files are given")
+    on_bad_rows: Literal["error", "skip"] = flag("error", "stop at a bad row, or count it and write rejected_rows.jsonl")
+    num_proc: int | None = flag(None, "worker processes that tokenise (all cores)")
+    cache_dir: str | None = flag(None, "tokenised data, by content (.cache/suwen beside the scripts)")
+    data_seed: int = flag(42, "seed of sampling and splitting")
+
+
+@dataclass
+class LoraArguments:
+    use_peft: bool = flag(False, "train a LoRA adapter instead of all weights")
+    target_modules: str = flag("all", "all (every linear layer but the head), or names, comma-separated")
+    lora_rank: int = flag(8, "rank r of the adapter")
+    lora_alpha: float = flag(16.0, "the adapter's effect is scaled by alpha / r")
+    lora_dropout: float = flag(0.05, "dropout before the adapter")
+    modules_to_save: str | None = flag(None, "modules trained in full beside the adapter, e.g. embed_tokens,lm_head")
+
+
+@dataclass
+class RunArguments:
+    output_dir: str = flag("", "everything that the run leaves")
+    logging_dir: str | None = flag(None, "TensorBoard logs (tensorboard in the output folder)")
+    resume: str = flag("auto", "auto: go on from the newest whole checkpoint; never: start anew; or a checkpoint folder")
+
+
+@dataclass
+class StageArguments:
+    """What a stage script works with; the library's own flags stay as given until its config class is known."""
+
+    stage: str
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    run: RunArguments
+    library_flags: list[str]
+    command: list[str]
+
+
+# Library flags worth a line in --help; every other field of the library's config class is accepted too.
+LIBRARY_HELP = {
+    "do_train": "train (default when neither --do_train nor --do_eval is given)",
+    "do_eval": "evaluate at the end",
+    "num_train_epochs": "passes over the data",
+    "max_steps": "stop after so many optimiser steps",
+    "learning_rate": "peak learning rate",
+    "per_device_train_batch_size": "sequences in a micro-batch",
+    "gradient_accumulation_steps": "micro-batches in an optimiser step",
+    "lr_scheduler_type": "cosine, linear, constant, ...",
+    "warmup_steps": "steps, or a share of all steps when below 1",
+    "weight_decay": "AdamW's decoupled weight decay",
+    "bf16": "bfloat16 mixed precision (default where the hardware has it)",
+    "fp16": "float16 with loss scaling (default on GPUs below compute capability 8.0)",
+    "gradient_checkpointing": "recompute activations to save memory",
+    "neftune_noise_alpha": "NEFTune noise on the embeddings",
+    "logging_steps": "optimiser steps between two log lines",
+    "eval_steps": "optimiser steps between two evaluations",
+    "save_steps": "optimiser steps between two checkpoints",
+    "save_total_limit": "checkpoints kept",
+    "seed": "seed of the training",
+    "use_cpu": "train on the CPU even where there is a GPU",
+    "deepspeed": "DeepSpeed configuration file",
+}
+
+# Old names (MedicalGPT's, transformers 4's) whose meaning is the same today.
+RENAMED = {
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "max_seq_length": "max_length",
+    "model_max_length": "max_length",
+    "block_size": "max_length",
+    "neft_alpha": "neftune_noise_alpha",
+    "no_cuda": "use_cpu",
+    "preprocessing_num_workers": "num_proc",
+    "tokenizer_path": "tokenizer_name_or_path",
+    "resume_from_checkpoint": "resume",
+    "train_file": "train_file_dir",
+    "validation_file": "validation_file_dir",
+}
+# Old switches that today's defaults already are: accepted with this value, refused with any other.
+SETTLED = {
+    "save_safetensors": ("true", "weights are always saved as safetensors"),
+    "trust_remote_code": ("false", "code from a model folder never runs; convert the checkpoint to a native class"),
+    "ignore_pad_token_for_loss": ("true", "padding never counts in the loss"),
+    "use_fast_tokenizer": ("true", "tokenizers are always the fast ones"),
+    "ddp_find_unused_parameters_in_peft": ("false", "not needed"),
+}
+# Old switches without effect on the result: dropped with a notice.
+DROPPED = {
+    "streaming": "text is always read as a stream",
+    "overwrite_cache": "the cache is addressed by content, so it cannot be stale",
+    "preprocessing_only": "the data is always prepared before training",
+    "device_map": "the launcher places the model",
+    "include_tokens_per_second": "tokens per second are always in run.json",
+}
+# Old names without an equivalent: refused with what to do instead.
+REMOVED = {
+    "peft_path": "give the adapter folder as --model_name_or_path",
+    "flash_attn": "choose with --attn_implementation; packing needs no flash-attn package",
+    "shift_attn": "shifted sparse attention is not part of this version",
+    "use_flash_attention_2": "choose with --attn_implementation",
+    "dataset_name": "give local files by --train_file_dir",
+    "dataset_config_name": "give local files by --train_file_dir",
+    "max_prompt_length": "one limit for prompt and answer: --max_length",
+    "max_completion_length": "one limit for prompt and answer: --max_length",
+    "rpo_alpha": "use --loss_type sigmoid sft --loss_weights 1.0 0.2",
+    "generate_during_eval": "not available",
+    "label_pad_token_id": "labels are masked with -100 always",
+    "tool_format": "tool calls are not part of this version",
+    "fp16_opt_level": "removed from transformers; use --fp16",
+    "fp16_backend": "removed from transformers; use --fp16",
+    "half_precision_backend": "removed from transformers; use --bf16 or --fp16",
+    "sharded_ddp": "removed from transformers; use CONFIG=zero2 or CONFIG=fsdp2",
+    "adafactor": "use --optim adafactor",
+    "per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
+    "past_index": "removed from transformers",
+    "jit_mode_eval": "removed from transformers",
+    "use_ipex": "removed from transformers",
+    "torchdynamo": "use --torch_compile",
+    "use_mps_device": "removed from transformers",
+    "tpu_num_cores": "removed from transformers",
+}
+
+
+def pairs_of(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Split a command line into (flag name without dashes, its values); leading stray words get the name ""."""
+    pairs: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            pairs.append((name.replace("-", "_"), [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(word)
+        else:
+            pairs.append(("", [word]))
+    return pairs
+
+
+def is_true(values: list[str]) -> bool:
+    return not values or values[0].lower() in {"true", "1", "yes"}
+
+
+def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Replace old flag names by today's, drop what has become the default, refuse what has no equivalent."""
+    pairs = pairs_of(argv)
+    given = {name for name, _ in pairs}
+    lengths = 0
+    result: list[str] = []
+    for name, values in pairs:
+        if name in {"max_source_length", "max_target_length"}:
+            try:
+                lengths += int(values[0])
+            except (IndexError, ValueError):
+                raise ValueError(f"--{name}: found {' '.join(values) or 'nothing'}, expected a number of tokens") from None
+            continue
+        if name in {"load_in_4bit", "load_in_8bit"}:
+            if is_true(values):
+                result += ["--quantization", name.removeprefix("load_in_")]
+            continue
+        if name == "qlora":
+            if is_true(values):
+                if not given & {"load_in_4bit", "load_in_8bit", "quantization"}:
+                    raise ValueError("--qlora: name the width, --quantization 4bit or --quantization 8bit")
+                result += ["--use_peft", "True"]
+            continue
+        if name == "overwrite_output_dir":
+            result += ["--resume", "never"] if is_true(values) else []
+            continue
+        if name == "resume_from_checkpoint" and (not values or values[0].lower() in {"true", "false"}):
+            result += ["--resume", "auto" if is_true(values) else "never"]
+            continue
+        if name == "group_by_length":
+            result += ["--train_sampling_strategy", "group_by_length"] if is_true(values) else []
+            continue
+        if name == "validation_split_percentage":
+            result += ["--validation_split_fraction", str(float(values[0]) / 100)]
+            continue
+        if name in SETTLED:
+            expected, reason = SETTLED[name]
+            if is_true(values) != (expected == "true"):
+                raise ValueError(f"--{name} {' '.join(values)}: not possible, {reason}")
+            continue
+        if name in DROPPED:
+            notice(f"--{name} has no effect: {DROPPED[name]}")
+            continue
+        if name in REMOVED:
+            if values and values[0].lower() in {"false", "none"}:
+                continue
+            raise ValueError(f"--{name} is not available: {REMOVED[name]}")
+        if name in RENAMED:
+            new = RENAMED[name]
+            if new in given:
+                raise ValueError(f"--{name} and --{new} mean the same: give one of them")
+            notice(f"--{name} is called --{new} today")
+            name = new
+        result += ["--" + name if name else "", *values] if name else values
+    if lengths:
+        if "max_length" in given:
+            raise ValueError("--max_source_length, --max_target_length and --max_length: give --max_length alone")
+        result += ["--max_length", str(lengths)]
+    return result
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() in {"true", "1", "yes"}:
+        return True
+    if text.lower() in {"false", "0", "no"}:
+        return False
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected True or False")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose mistakes are a ValueError of one line instead of a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def add_dataclass(parser: argparse._ArgumentGroup, cls: type) -> None:
+    """Add one flag for each field of a dataclass; types: str, int, float, bool, Literal, and these or None."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
+        if typing.get_origin(hint) in {typing.Union, types.UnionType}:
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        text = item.metadata.get("help", "").replace("%", "%%")
+        options: dict[str, Any] = {"default": item.default, "help": text}
+        if hint is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
+        elif typing.get_origin(hint) is Literal:
+            options |= {"choices": typing.get_args(hint)}
+        else:
+            options |= {"type": hint, "metavar": hint.__name__.upper()}
+        if item.default not in (None, ""):
+            options["help"] += f" (default: {item.default})"
+        parser.add_argument(f"--{item.name}", **options)
+
+
+def build_parser(description: str, *classes: type) -> OneLineParser:
+    parser = OneLineParser(
+        usage="%(prog)s [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120),
+    )
+    for cls in classes:
+        add_dataclass(parser.add_argument_group(cls.__name__.removesuffix("Arguments").lower()), cls)
+    return parser
+
+
+def split_dataclasses(namespace: argparse.Namespace, *classes: type) -> list[Any]:
+    return [cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}) for cls in classes]
+
+
+def parse_stage_arguments(argv: list[str] | None, stage: str, description: str, defaults: dict[str, Any]) -> StageArguments:
+    """Parse a stage's command line up to the library's own flags.
+
+    Args:
+        argv: words after the script's name; None takes them from sys.argv.
+        stage: short name of the stage (pt, sft, dpo); the output folder is outputs/<stage> by default.
+        description: shown by --help.
+        defaults: the library flags whose default this stage sets, for --help.
+
+    Raises:
+        ValueError: an unknown value, or an old name without equivalent; one line each.
+    """
+    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(description, *classes)
+    group = parser.add_argument_group("training library (any other field of its config class works too)")
+    for name, text in LIBRARY_HELP.items():
+        known = f" (default: {defaults[name]})" if name in defaults else ""
+        group.add_argument(f"--{name}", help=(text + known).replace("%", "%%"), metavar="VALUE", default=None)
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    words = translate_old_flags(argv, notice=lambda line: print(f"note: {line}", file=sys.stderr))
+    ours = build_parser(description, *classes)
+    namespace, rest = ours.parse_known_args(words)
+    model, data, lora, run = split_dataclasses(namespace, *classes)
+    run.output_dir = run.output_dir or os.path.join(model.outputs, stage)
+    check_combinations(model, data, lora)
+    return StageArguments(stage, model, data, lora, run, rest, argv)
+
+
+def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArguments) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    if model.quantization != "none" and not lora.use_peft:
+        raise ValueError(f"--quantization {model.quantization}: quantised weights cannot be trained, add --use_peft True")
+    if model.pure_bf16 and (lora.use_peft or model.dtype not in ("auto", "bfloat16")):
+        raise ValueError("--pure_bf16: for training all weights in bfloat16; not with --use_peft or another --dtype")
+    if data.max_length is not None and data.max_length < 8:
+        raise ValueError(f"--max_length: found {data.max_length}, expected at least 8 tokens")
+    if not 0 <= data.validation_split_fraction < 1:
+        raise ValueError(f"--validation_split_fraction: found {data.validation_split_fraction}, expected 0 to below 1")
+    for name in ("max_train_samples", "max_eval_samples", "num_proc"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: found {value}, expected at least 1")
+    if lora.lora_rank < 1:
+        raise ValueError(f"--lora_rank: found {lora.lora_rank}, expected at least 1")
+    if not 0 <= lora.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout: found {lora.lora_dropout}, expected 0 to below 1")
+
+
+def parse_library_flags(words: list[str], config_class: type) -> dict[str, Any]:
+    """Values of the library flags that were given, by name; unknown ones are refused with the nearest known name."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
+    parser.error = OneLineParser.error.__get__(parser)  # type: ignore[method-assign]
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        ours = [f.name for c in (ModelArguments, DataArguments, LoraArguments, RunArguments) for f in dataclasses.fields(c)]
+        known = ["--" + name for name in ours + [f.name for f in dataclasses.fields(config_class)]]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        raise ValueError(f"unknown flag or value {unknown[0]!r}{hint}")
+    return vars(namespace)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main: a user's mistake (ValueError) becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("SUWEN_TRACEBACK"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(0)

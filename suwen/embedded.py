@@ -1,0 +1,180 @@
+"""The embedded base model: a tiny untrained Llama with a tokenizer of the project's own sample texts.
+
+It stands in where no model is given, so that every stage runs on a bare machine without a download. It knows
+nothing: what it can say after a stage is what that stage taught it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+VERSION = 1  # to be raised when the recipe below changes, so that no old cache is taken for the new model
+VOCABULARY_SIZE = 5120
+SEED = 42
+END_OF_TEXT, PAD, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+
+# Runs of letters, single digits and single punctuation marks are cut apart before merging: a word keeps its token
+# after a comma, and a dose is read digit by digit.
+WORD_PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+LONGEST_TOKEN_BYTES = 12  # four Chinese characters: the samples repeat whole clauses, which must not become tokens
+
+
+def build_embedded_model(directory: Path | None = None) -> Path:
+    """Build the embedded base model, or find it already built.
+
+    The same sample files give the same bytes. Two processes may call this at once: one builds, the other waits.
+
+    Args:
+        directory: the model folder to write; default `.cache/embedded-<fingerprint>` under the project root.
+
+    Returns:
+        The folder with weights, tokenizer and chat template, ready for `from_pretrained`.
+
+    Raises:
+        ValueError: the sample files are missing, or `directory` holds something else.
+    """
+    from filelock import FileLock
+
+    from template import TEMPLATES
+
+    chat_template = TEMPLATES["chatml"].jinja
+    fingerprint = _fingerprint(chat_template)
+    target = Path(directory) if directory else PROJECT_ROOT / ".cache" / f"embedded-{fingerprint[:16]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if _is_built(target, fingerprint):
+            return target
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"{target}: found other content, expected a new or empty folder for the embedded model")
+        # Written beside the target and renamed: a build that is killed leaves nothing that looks finished.
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        count = _write_model(unfinished, chat_template)
+        (unfinished / "embedded.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        os.replace(unfinished, target)
+    print(f"Built the embedded base model ({count / 1e6:.1f} million untrained parameters): {target}", flush=True)
+    return target
+
+
+def sample_files() -> list[Path]:
+    """The sample files in data/, in a fixed order. Files that a user puts beside them do not change the model.
+
+    Raises:
+        ValueError: there are none.
+    """
+    folders = [PROJECT_ROOT / "data" / name for name in ("pretrain", "sft", "preference")]
+    files = [file for folder in folders for file in sorted(folder.glob("sample_*"))]
+    if not files:
+        raise ValueError(f"{PROJECT_ROOT / 'data'}: found no sample files, expected pretrain/sample_*.txt and others")
+    return files
+
+
+def sample_texts() -> Iterator[str]:
+    """Every text in the sample files: lines of .txt, and string values of .jsonl other than speakers' names."""
+    for file in sample_files():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if file.suffix == ".jsonl":
+                yield from _strings(json.loads(line))
+            elif line:
+                yield line
+
+
+def _strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("from", "role", "id"):
+                yield from _strings(item)
+
+
+def _fingerprint(chat_template: str) -> str:
+    digest = hashlib.sha256(f"{VERSION}\n{chat_template}".encode())
+    for file in sample_files():
+        content = file.read_bytes()
+        digest.update(f"\n{file.parent.name}/{file.name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _is_built(target: Path, fingerprint: str) -> bool:
+    try:
+        return json.loads((target / "embedded.json").read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_model(directory: Path, chat_template: str) -> int:
+    """Write weights, tokenizer and generation settings; return the number of parameters."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    tokenizer = _train_tokenizer(chat_template)
+    end, pad, turn_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, PAD, TURN_END])
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the caller's random state stays as it was
+        torch.manual_seed(SEED)
+        model = LlamaForCausalLM(config).float()
+    model.generation_config = GenerationConfig(eos_token_id=[end, turn_end], pad_token_id=pad, bos_token_id=None)
+    progress_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one small shard needs none
+    try:
+        model.save_pretrained(directory)
+    finally:
+        if progress_bars:
+            logging.enable_progress_bar()
+    tokenizer.save_pretrained(directory)
+    return model.num_parameters()
+
+
+def _train_tokenizer(chat_template: str):
+    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): any text encodes, and decodes to itself."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, characters])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=LONGEST_TOKEN_BYTES,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        extra_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+        chat_template=chat_template,
+    )

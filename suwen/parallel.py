@@ -1,0 +1,177 @@
+"""Encodes rows in all cores and appends them to Arrow files on disk; no more than a few batches are in memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+BATCH_ROWS = 128
+BATCH_CHARACTERS = 1 << 18
+
+Row = dict[str, Any]
+Encode = Callable[[Row], tuple[list[Row], Counter[str]]]
+Result = tuple[bytes | None, Counter[str], list[int]]
+Batch = tuple[bool, list[Row], list[int]]  # for training or for validation, rows, how often each
+
+_worker_encode: Encode | None = None
+
+
+def _start_worker(encode: Encode) -> None:
+    global _worker_encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
+    _worker_encode = encode
+
+
+def _encode_in_worker(rows: list[Row], times: list[int]) -> Result:
+    assert _worker_encode is not None
+    return _encode_batch(_worker_encode, rows, times)
+
+
+def _encode_batch(encode: Encode, rows: list[Row], times: list[int]) -> Result:
+    """Encode rows, repeat them, and lay them out as an Arrow stream.
+
+    Returns:
+        the stream (None if no row is left), drop reasons, and [rows, tokens, trained tokens].
+    """
+    dropped: Counter[str] = Counter()
+    encoded: list[tuple[Row, int]] = []
+    for row, count in zip(rows, times, strict=True):
+        try:
+            parts, reasons = encode(row)
+        except ValueError as error:
+            raise ValueError(f"{row['where']}: {error}") from error
+        encoded += [(part, count) for part in parts]
+        dropped.update({reason: number * count for reason, number in reasons.items()})
+    # copies of a row are kept apart, as far as the batch allows
+    repeated = [part for turn in range(max(times)) for part, count in encoded if count > turn]
+    if not repeated:
+        return None, dropped, [0, 0, 0]
+    table = _to_table(repeated)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes(), dropped, [len(repeated), *_count_tokens(repeated)]
+
+
+def _to_table(rows: list[Row]) -> pa.Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if "chosen_ids" in names and "margin" not in names:
+        names.append("margin")  # so that all batches have the same columns; dropped in the end if empty
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        sample = next((value for value in values if value is not None), 0.0)
+        kind = pa.list_(pa.int32()) if isinstance(sample, list) else pa.float64() if name == "margin" else None
+        columns[name] = pa.array(values, kind)
+    return pa.table(columns)
+
+
+def _count_tokens(rows: list[Row]) -> tuple[int, int]:
+    """Tokens, and those that the loss looks at."""
+    from suwen.encoding import IGNORE_INDEX  # here, so that bad data is answered before transformers is loaded
+
+    tokens = trained = 0
+    for row in rows:
+        if "chosen_ids" in row:
+            answers = len(row["chosen_ids"]) + len(row["rejected_ids"])
+            tokens, trained = tokens + len(row["prompt_ids"]) + answers, trained + answers
+        else:
+            labels: list[int] = row["labels"] if "labels" in row else row["input_ids"]
+            tokens, trained = tokens + len(row["input_ids"]), trained + len(labels) - labels.count(IGNORE_INDEX)
+    return tokens, trained
+
+
+class ArrowFile:
+    """An Arrow stream on disk, appended batch by batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.counts, self.digest = path, [0, 0, 0], hashlib.sha256()
+        self.writer: Any = None
+        self.schema: pa.Schema | None = None
+
+    def append(self, stream: bytes, counts: list[int]) -> None:
+        table = pa.ipc.open_stream(stream).read_all()
+        if self.writer is None:
+            self.schema, self.writer = table.schema, pa.ipc.new_stream(str(self.path), table.schema)
+        assert table.schema == self.schema, "the encoder's rows have changing columns"
+        self.writer.write_table(table)
+        self.digest.update(stream)
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def build_batches(rows: Iterable[Row], train_times: np.ndarray, held: np.ndarray) -> Iterator[Batch]:
+    """Batches of chosen rows, either all for training (True) or all for validation (False)."""
+    open_batches: dict[bool, tuple[list[Row], list[int], list[int]]] = {
+        True: ([], [], [0]),
+        False: ([], [], [0]),
+    }
+    for index, row in enumerate(rows):
+        count = int(train_times[index]) or int(held[index])
+        if not count:
+            continue
+        training = not held[index]
+        batch, times, size = open_batches[training]
+        batch.append(row)
+        times.append(count)
+        size[0] += len(row["text"]) if "text" in row else 4 * sum(len(m["content"]) for m in row["messages"])
+        if len(batch) >= BATCH_ROWS or size[0] >= BATCH_CHARACTERS:
+            yield training, batch, times
+            open_batches[training] = ([], [], [0])
+    for training, (batch, times, _) in open_batches.items():
+        if batch:
+            yield training, batch, times
+
+
+def encode_all(
+    batches: Iterable[Batch],
+    encode: Encode,
+    num_proc: int,
+    total: int,
+    sinks: dict[bool, ArrowFile],
+    dropped: Counter[str],
+) -> None:
+    def take(training: bool, rows: int, result: Result) -> None:
+        stream, reasons, counts = result
+        dropped.update(reasons)
+        if stream is not None:
+            sinks[training].append(stream, counts)
+        bar.update(rows)
+
+    with tqdm(total=total, desc="encoding", unit=" rows", disable=None, leave=False) as bar:
+        if num_proc == 1:
+            for training, rows, times in batches:
+                take(training, len(rows), _encode_batch(encode, rows, times))
+            return
+        # fork: the encoder needs no pickling and nothing is imported again; spawned where fork does not exist
+        method = "fork" if sys.platform == "linux" else "spawn"
+        context = multiprocessing.get_context(method)
+        pending: deque[tuple[bool, int, concurrent.futures.Future[Any]]] = deque()
+        executor = concurrent.futures.ProcessPoolExecutor(num_proc, context, _start_worker, (encode,))
+        try:
+            for training, rows, times in batches:
+                pending.append((training, len(rows), executor.submit(_encode_in_worker, rows, times)))
+                if len(pending) >= 4 * num_proc:  # no more than this waits in memory
+                    training, number, future = pending.popleft()
+                    take(training, number, future.result())
+            for training, number, future in pending:
+                take(training, number, future.result())
+        except BrokenProcessPool:
+            raise ValueError("a preprocessing worker was killed, by want of memory perhaps: lower --num_proc") from None
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)

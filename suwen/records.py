@@ -1,0 +1,94 @@
+"""What a run leaves beside the weights: run.json and the picture of its curves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
+SECRETS = ("token", "password", "api_key", "secret")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Peak of this process: allocated GPU memory where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if not any(s in k.lower() for s in SECRETS) or isinstance(v, (int, float))}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write in one step, so that a reader never sees half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def timestamp() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+# Panels of the picture: title, and the log keys drawn in it.
+PANELS = (
+    ("loss", ("loss", "eval_loss")),
+    ("token accuracy", ("mean_token_accuracy", "eval_token_accuracy")),
+    ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("learning rate", ("learning_rate",)),
+)
+
+
+def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw what the trainer logged, one panel a quantity; quantities that were not logged have no panel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if any("rewards/margins" in entry or "eval_rewards/margins" in entry for entry in log_history):
+        panels = [panel for panel in PANELS if panel[0] != "token accuracy"]
+    else:
+        panels = [panel for panel in PANELS if not panel[0].startswith("reward")]
+    panels = [panel for panel in panels if any(key in entry for entry in log_history for key in panel[1])]
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    for axis, (name, keys) in zip(axes[0], panels, strict=True):
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            if points:
+                evaluation = key.startswith("eval_")
+                label = "held out" if evaluation else "training"
+                axis.plot(*zip(*points, strict=True), marker="o" if evaluation else "", label=label, linewidth=1.5)
+        axis.set_title(name)
+        axis.set_xlabel("optimiser step")
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,77 @@
+"""From a data row to what a stage trains on: one callable a stage, picklable, with a fingerprint for the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+from suwen.encoding import IGNORE_INDEX, ChatEncoder, encode_document
+
+Encoded = tuple[list[dict[str, Any]], Counter]
+
+
+def fingerprint(tokenizer: Any, **settings: Any) -> str:
+    """Hash of everything that decides the ids: the tokenizer's rules, its template, and the encoder's settings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    content = json.dumps([rules, tokenizer.chat_template, settings], ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+class DocumentRows:
+    """Pretraining: every token of a document and its EOS; longer ones are split, no token is lost."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.fingerprint = fingerprint(tokenizer, kind="document", max_length=max_length)
+
+    def __call__(self, row: dict[str, Any]) -> Encoded:
+        ids = encode_document(row["text"], self.tokenizer)
+        pieces = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
+        # A single leftover token has nothing to predict it from within its piece: it joins the piece before.
+        if len(pieces) > 1 and len(pieces[-1]) == 1:
+            pieces[-1] = [pieces[-2].pop(), *pieces[-1]]
+        return [{"input_ids": piece, "labels": list(piece)} for piece in pieces], Counter()
+
+
+class ConversationRows:
+    """SFT: every assistant turn and its stop token."""
+
+    def __init__(self, encoder: ChatEncoder, max_length: int, train_on_inputs: bool) -> None:
+        self.encoder, self.max_length, self.train_on_inputs = encoder, max_length, train_on_inputs
+        self.fingerprint = fingerprint(
+            encoder.tokenizer,
+            kind="conversation",
+            thinking=encoder.thinking,
+            max_length=max_length,
+            train_on_inputs=train_on_inputs,
+        )
+
+    def __call__(self, row: dict[str, Any]) -> Encoded:
+        return self.encoder.encode_conversation(row["messages"], self.max_length, self.train_on_inputs)
+
+
+class PreferenceRows:
+    """Preference stages: the prompt as served, and two answers to it."""
+
+    def __init__(self, encoder: ChatEncoder, max_length: int) -> None:
+        self.encoder, self.max_length = encoder, max_length
+        self.fingerprint = fingerprint(
+            encoder.tokenizer, kind="preference", thinking=encoder.thinking, max_length=max_length
+        )
+
+    def __call__(self, row: dict[str, Any]) -> Encoded:
+        pair = self.encoder.encode_pair(row["messages"], row["chosen"], row["rejected"], self.max_length)
+        if pair is None:
+            return [], Counter({"prompt and answer longer than --max_length": 1})
+        if pair["chosen_ids"] == pair["rejected_ids"]:
+            return [], Counter({"chosen and rejected have the same tokens": 1})
+        return [pair], Counter()
+
+
+def pair_as_row(pair: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The chosen side of a pair as a row of ids and labels, to be shown."""
+    labels = [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair["chosen_ids"]
+    return {"input_ids": pair["prompt_ids"] + pair["chosen_ids"], "labels": labels}

@@ -1,0 +1,128 @@
+"""The command line: our flags, the library's, and the names that older launchers hold."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from trl import DPOConfig, SFTConfig
+
+from suwen.arguments import parse_library_flags, parse_stage_arguments, translate_old_flags
+
+ROOT = Path(__file__).parents[1]
+
+
+def parse(*words: str):
+    return parse_stage_arguments(list(words), "sft", "", {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--torch_dtype", "bfloat16"], ["--dtype", "bfloat16"]),
+        (["--evaluation_strategy=steps"], ["--eval_strategy", "steps"]),
+        (["--warmup_ratio", "0.05"], ["--warmup_steps", "0.05"]),
+        (["--overwrite_output_dir"], ["--resume", "never"]),
+        (["--overwrite_output_dir", "False"], []),
+        (["--load_in_4bit", "True"], ["--quantization", "4bit"]),
+        (["--load_in_8bit"], ["--quantization", "8bit"]),
+        (["--qlora", "True", "--load_in_4bit", "True"], ["--use_peft", "True", "--quantization", "4bit"]),
+        (["--max_source_length", "256", "--max_target_length", "256"], ["--max_length", "512"]),
+        (["--model_max_length", "512"], ["--max_length", "512"]),
+        (["--block_size", "512"], ["--max_length", "512"]),
+        (["--group_by_length"], ["--train_sampling_strategy", "group_by_length"]),
+        (["--no_cuda"], ["--use_cpu"]),
+        (["--resume_from_checkpoint", "True"], ["--resume", "auto"]),
+        (["--resume_from_checkpoint", "out/checkpoint-5"], ["--resume", "out/checkpoint-5"]),
+        (["--validation_split_percentage", "5"], ["--validation_split_fraction", "0.05"]),
+        (["--neft_alpha", "5"], ["--neftune_noise_alpha", "5"]),
+        (["--save_safetensors", "True"], []),
+        (["--trust_remote_code", "False"], []),
+        (["--streaming"], []),
+        (["--flash_attn", "False"], []),
+    ],
+)
+def test_an_old_flag_with_the_same_meaning_is_translated(old, new):
+    assert translate_old_flags(old) == new
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--trust_remote_code", "True"], "never runs"),
+        (["--save_safetensors", "False"], "safetensors"),
+        (["--peft_path", "x"], "--model_name_or_path"),
+        (["--flash_attn", "True"], "--attn_implementation"),
+        (["--qlora", "True"], "--quantization 4bit"),
+        (["--max_prompt_length", "5"], "--max_length"),
+        (["--fp16_opt_level", "O1"], "--fp16"),
+        (["--torch_dtype", "float16", "--dtype", "float32"], "mean the same"),
+        (["--max_source_length", "many"], "number of tokens"),
+    ],
+)
+def test_an_old_flag_without_equivalent_is_refused_with_what_to_do(words, expected):
+    with pytest.raises(ValueError, match=expected):
+        translate_old_flags(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--quantization", "3bit"], "--quantization.*3bit"),
+        (["--quantization", "4bit"], "--use_peft"),
+        (["--packing", "maybe"], "--packing.*maybe.*True or False"),
+        (["--max_length", "x"], "--max_length"),
+        (["--max_length", "2"], "at least 8"),
+        (["--validation_split_fraction", "1.5"], "0 to below 1"),
+        (["--num_proc", "0"], "at least 1"),
+        (["--lora_rank", "0"], "at least 1"),
+        (["--lora_dropout", "1"], "below 1"),
+        (["--pure_bf16", "--use_peft"], "--pure_bf16"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_flag(words, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse(*words)
+
+
+def test_switches_work_bare_and_with_a_value():
+    assert parse("--use_peft").lora.use_peft
+    assert not parse("--packing", "False").data.packing
+    assert parse("--use_peft=True").lora.use_peft
+
+
+def test_library_flags_keep_only_what_was_given():
+    args = parse("--learning_rate", "1e-3", "--max_steps", "4", "--lora_rank", "4")
+    assert args.lora.lora_rank == 4
+    assert parse_library_flags(args.library_flags, SFTConfig) == {"learning_rate": 1e-3, "max_steps": 4}
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="'--lerning_rate'; did you mean --learning_rate"):
+        parse_library_flags(parse("--lerning_rate", "1").library_flags, SFTConfig)
+    with pytest.raises(ValueError, match="--loss_typ.*did you mean --loss_type"):
+        parse_library_flags(parse("--loss_typ", "ipo").library_flags, DPOConfig)
+
+
+def test_an_abbreviation_is_not_taken_for_a_flag():
+    with pytest.raises(ValueError, match="unknown flag"):
+        parse_library_flags(parse("--eval_strat", "no").library_flags, SFTConfig)
+
+
+@pytest.mark.parametrize("script", ["pretraining.py", "supervised_finetuning.py", "dpo_training.py"])
+def test_help_needs_nothing_but_the_standard_library(script):
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", RUN_WITHOUT_PACKAGES, str(ROOT / script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--train_file_dir" in result.stdout and "--learning_rate" in result.stdout
+    assert time.monotonic() - began < 30
+
+
+RUN_WITHOUT_PACKAGES = """
+import runpy, sys, pathlib
+script = sys.argv[1]
+sys.path.insert(0, str(pathlib.Path(script).parent))
+sys.argv = [script, "--help"]
+runpy.run_path(script, run_name="__main__")
+"""

@@ -1,0 +1,227 @@
+"""The stage scripts, run as users run them on a tiny model: what they leave, how they follow one another, what they refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpo_training
+import pretraining
+import supervised_finetuning
+from suwen.models import load_causal_lm, resolve_lineage
+from template import TEMPLATES
+
+pytestmark = pytest.mark.training
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
+QUESTIONS = ["高血压怎么办？", "糖尿病有什么症状？", "发热怎么处理？", "咳嗽做什么检查？", "头痛挂什么科？", "失眠怎么办？"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer(special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=TEMPLATES["chatml"].jinja)
+    tokenizer.save_pretrained(folder)
+    tiny_model(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def write_data(folder: Path, stage: str, repeat: int = 4) -> str:
+    file = folder / f"{stage}.jsonl"
+    rows = []
+    for number, question in enumerate(QUESTIONS * repeat):
+        question = f"{question}（{number}）"
+        answer = f"建议您及时就医，由医生判断。编号{number}。"
+        if stage == "pt":
+            rows.append({"text": f"{question}{answer}患者应当注意休息，按时服药。"})
+        elif stage == "sft":
+            rows.append({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]})
+        else:
+            rows.append(
+                {"conversations": [{"from": "human", "value": question}], "chosen": answer, "rejected": f"不用管它{number}。"}
+            )
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def arguments(stage: str, base: str | None, folder: Path, *more: str) -> list[str]:
+    words = ["--train_file_dir", write_data(folder, stage), "--output_dir", str(folder / stage), "--do_train", "--do_eval"]
+    words += ["--cache_dir", str(folder / "cache"), "--num_proc", "1", "--bf16", "False", "--max_length", "128"]
+    words += ["--use_cpu", "--validation_split_fraction", "0.2", "--gradient_accumulation_steps", "2", "--disable_tqdm", "True"]
+    words += ["--model_name_or_path", base] if base else []
+    return [*words, *more]
+
+
+def run_stage(stage: str, base: str | None, folder: Path, *more: str) -> dict:
+    SCRIPTS[stage].main(arguments(stage, base, folder, *more))
+    return json.loads((folder / stage / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft", "dpo"])
+def test_the_minimal_call_leaves_all_that_is_promised(stage, base, tmp_path, capsys):
+    record = run_stage(stage, base, tmp_path, "--max_steps", "3")
+    out = tmp_path / stage
+    assert record["finished"] and record["training"]["steps"] == 3
+    assert record["training"]["tokens"] > 0 and record["training"]["tokens_per_second"] > 0
+    assert record["peak_memory_bytes"] > 0 and record["versions"]["torch"] == torch.__version__
+    assert record["lineage"] == [{"path": base}]
+    assert len(record["data"]["fingerprint"]) == 64
+    assert record["evaluation"]["eval_loss"] > 0
+    assert (out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").glob("events*"))
+    assert load_file(out / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    generation = json.loads((out / "generation_config.json").read_text())
+    stops = generation["eos_token_id"]
+    if stage == "pt":
+        assert stops == tokenizer.eos_token_id
+    else:
+        assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stops and tokenizer.eos_token_id in stops
+    assert tokenizer.chat_template == TEMPLATES["chatml"].jinja
+    assert AutoModelForCausalLM.from_pretrained(out).config.use_cache
+    printed = capsys.readouterr().out
+    assert "3 optimiser steps" in printed and "⟦" in printed and "held out:" in printed
+
+
+def test_each_stage_goes_on_from_the_one_before(base, tmp_path, capsys):
+    run_stage("pt", base, tmp_path, "--max_steps", "1")
+    record = run_stage("sft", None, tmp_path, "--max_steps", "1", "--outputs", str(tmp_path))
+    assert record["start"] == str(tmp_path / "pt")
+    record = run_stage("dpo", None, tmp_path, "--max_steps", "1", "--outputs", str(tmp_path))
+    assert record["start"] == str(tmp_path / "sft")
+    assert f"start: {tmp_path / 'sft'} (from the finished sft stage)" in capsys.readouterr().out
+
+
+def test_a_lora_folder_is_merged_when_the_next_stage_starts_from_it(base, tmp_path):
+    lora = ["--use_peft", "--learning_rate", "1e-2", "--max_steps", "2"]
+    run_stage("sft", base, tmp_path, *lora)
+    record = run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora, "--logging_steps", "1")
+    assert [Path(link["path"]).name for link in record["lineage"]] == [Path(base).name, "sft"]
+    assert "sha256" in record["lineage"][1]
+    assert resolve_lineage(str(tmp_path / "dpo")) == [base, str(tmp_path / "sft"), str(tmp_path / "dpo")]
+    ids = torch.arange(5, 30)[None]
+    logits = [
+        load_causal_lm(path)(ids).logits.detach() for path in (base, str(tmp_path / "sft"), str(tmp_path / "dpo"))
+    ]
+    assert (logits[0] - logits[1]).abs().max() > 1e-4 and (logits[1] - logits[2]).abs().max() > 1e-5
+    # The start of an adapter must stay what it was.
+    weights = tmp_path / "sft" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="has changed since"):
+        resolve_lineage(str(tmp_path / "dpo"))
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization, base, tmp_path):
+    lora = ["--use_peft", "--quantization", quantization, "--learning_rate", "1e-2", "--max_steps", "2", "--logging_steps", "1"]
+    run_stage("sft", base, tmp_path, *lora)
+    record = run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora)
+    assert record["trained_dtype"] == ["float32"]
+    history = json.loads((tmp_path / "dpo" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=2e-4), "the reference is the adapter as it was"
+    first, second = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
+    assert first.keys() == second.keys()
+    assert any((first[key] != second[key]).any() for key in first)
+    assert not (tmp_path / "dpo" / "ref").exists()
+
+
+def test_pure_bf16_trains_bfloat16_weights(base, tmp_path):
+    record = run_stage("sft", base, tmp_path, "--pure_bf16", "--max_steps", "1")
+    assert record["trained_dtype"] == ["bfloat16"]
+
+
+def command(stage: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / SCRIPTS[stage].__file__), *words]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(base, tmp_path):
+    words = arguments("sft", base, tmp_path, "--max_steps", "60", "--save_steps", "5", "--logging_steps", "1")
+    process = subprocess.Popen(command("sft", *words), env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "sft" / "checkpoint-10" / "trainer_state.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = subprocess.run(command("sft", *words), env=environment(tmp_path), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "going on from" in result.stdout
+    record = json.loads((tmp_path / "sft" / "run.json").read_text(encoding="utf-8"))
+    resumed = int(record["training"]["resumed_from"].rsplit("-", 1)[1])
+    assert resumed >= 5 and record["training"]["steps"] == 60
+
+
+def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
+    run_stage("sft", base, tmp_path, "--max_steps", "2")
+    with pytest.raises(ValueError, match="another run \\(learning_rate was .* is 0.5.*--resume never"):
+        run_stage("sft", base, tmp_path, "--max_steps", "2", "--learning_rate", "0.5")
+    record = run_stage("sft", base, tmp_path, "--max_steps", "2", "--learning_rate", "0.5", "--resume", "never")
+    assert record["finished"]
+    assert list((tmp_path / "sft").glob("earlier-*/checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model_name_or_path", "outputs/none"], "no such folder"),
+        (["--train_file_dir", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--template_name", "nonesuch"], "nonesuch"),
+        (["--template_name", "llama3"], "<|begin_of_text|>|<|start_header_id|>"),
+        (["--max_length", "100000"], "window holds 512"),
+        (["--learning_rat", "1"], "did you mean --learning_rate"),
+        (["--fp16"], "needs a GPU"),
+        (["--use_peft", "--target_modules", "W_pack"], "W_pack.*q_proj"),
+        (["--resume", "nowhere"], "no whole checkpoint"),
+    ],
+)
+def test_a_mistake_gets_one_line(words, expected, base, tmp_path):
+    with pytest.raises(ValueError, match=expected) as error:
+        run_stage("sft", base, tmp_path, "--max_steps", "1", *words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_ends_with_code_2_and_no_traceback(base, tmp_path):
+    words = arguments("sft", base, tmp_path, "--template_name", "nonesuch")
+    result = subprocess.run(command("sft", *words), env=environment(tmp_path), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and "nonesuch" in result.stderr.strip().splitlines()[-1]
+
+
+def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *launcher] if launcher else start
+    result = subprocess.run(
+        [*start, str(ROOT / SCRIPTS[stage].__file__), *words], env=environment(folder), capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
+    same = ["--max_steps", "3", "--learning_rate", "1e-3", "--warmup_steps", "0", "--optim", "sgd", "--max_grad_norm", "0"]
+    same += ["--packing", "False"] if stage == "sft" else []
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    run_stage(stage, base, one, *same, "--per_device_train_batch_size", "4")
+    distributed(stage, arguments(stage, base, two, *same, "--per_device_train_batch_size", "2"), two)
+    start = load_file(Path(base) / "model.safetensors")
+    first, second = (load_file(folder / stage / "model.safetensors") for folder in (one, two))
+    moved = max((first[key] - start[key]).abs().max().item() for key in first)
+    apart = max((first[key] - second[key]).abs().max().item() for key in first)
+    assert apart < 0.01 * moved
+    losses = [json.loads((f / stage / "run.json").read_text())["evaluation"]["eval_loss"] for f in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
