@@ -1,15 +1,15 @@
 """Direct preference optimisation: pairs of a better and a worse answer -> a model that prefers the better one.
 
-The reference is the model that the run starts from: with LoRA the same weights with the adapter switched off, without it
-log-probabilities computed once before the first step, so that there is never a second model in memory.
+The reference is the model that the run starts from: with LoRA the same weights with the adapter switched off, without
+it log-probabilities computed once before the first step, so that there is never a second model in memory.
 
     DATA=data/preference bash run_dpo.sh
-    python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --output_dir outputs/dpo --do_train
+    python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
 from suwen.arguments import parse_library_flags, parse_stage_arguments, run
 
-# 5e-7 and beta 0.1: Zephyr's DPO (Tunstall et al. 2023, arXiv:2310.16944); ten times that for LoRA (alignment-handbook).
+# 5e-7: Zephyr's DPO (Tunstall et al. 2023, arXiv:2310.16944); 5e-6 for LoRA: alignment-handbook's QLoRA recipe.
 LEARNING_RATE, LORA_LEARNING_RATE = 5e-7, 5e-6
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", "num_train_epochs": 1}
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from suwen import models, stage
     from suwen.data import prepare_data
     from suwen.encoding import ChatEncoder, describe_row
-    from suwen.rows import PreferenceRows, pair_as_row
+    from suwen.rows import PreferenceRows, rows_of_pair
     from suwen.trainers import PreferenceTrainer
 
     library = parse_library_flags(args.library_flags, DPOConfig)
@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=models.lora_config(args.lora, model),
         pure_bf16=args.model.pure_bf16,
     )
-    stage.run_stage(trainer, args, data, start, encoder.stop_token_ids, describe_row(pair_as_row(data.train[0]), tokenizer))
+    stage.run_stage(
+        trainer, args, data, start, encoder.stop_token_ids, describe_row(rows_of_pair(data.train[0])[0], tokenizer)
+    )
 
 
 if __name__ == "__main__":

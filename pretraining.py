@@ -1,5 +1,7 @@
 """Continued pretraining: raw medical text -> a base model that has read it.
 
+On a server, and by hand:
+
     MODEL=Qwen/Qwen3-8B DATA=data/pretrain bash run_pt.sh
     python pretraining.py --model_name_or_path MODEL --train_file_dir data/pretrain --output_dir outputs/pt --do_train
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests; sets up the environment like the launchers, with requirements-dev.txt on top.
 #     bash run_tests.sh            lint, types, all tests but slow ones (under 15 minutes on two cores)
-#     bash run_tests.sh --fast     under a minute: no training, no second process
+#     bash run_tests.sh --fast     under a minute: no training, no second process, no set-up
 #     bash run_tests.sh --all      everything
 # Further arguments go to pytest: bash run_tests.sh -k template
 set -eu
@@ -15,7 +15,7 @@ if wants_help "$@"; then
 fi
 markers="not slow"
 case ${1:-} in
-    --fast) markers="not slow and not training and not distributed and not gpu" && shift ;;
+    --fast) markers="not slow and not training and not distributed and not setup and not gpu" && shift ;;
     --all) markers="" && shift ;;
 esac
 

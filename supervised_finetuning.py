@@ -1,7 +1,9 @@
 """Supervised fine-tuning: conversations -> a model that answers; trained on every assistant turn and its stop token.
 
+On a server, and by hand:
+
     DATA=data/sft bash run_sft.sh --num_train_epochs 3
-    python supervised_finetuning.py --model_name_or_path MODEL --train_file_dir data/sft --output_dir outputs/sft --do_train
+    python supervised_finetuning.py --model_name_or_path MODEL --train_file_dir data/sft --do_train
 """
 
 from suwen.arguments import parse_library_flags, parse_stage_arguments, run

@@ -117,7 +117,7 @@ install() {
 venv_is_ready() {
     python=$root/.venv/bin/python
     stamp=$root/.venv/${1##*/}.sha256
-    [ -x "$python" ] && check_environment packages "$1" --stamp "$stamp" 2>/dev/null
+    [ -x "$python" ] && check_environment packages "$1" --stamp "$stamp"
 }
 
 # prepare_environment FILE: sets python to an interpreter whose environment holds these requirements, making .venv if
@@ -133,8 +133,8 @@ prepare_environment() {
         python=$base_python
         return 0
     fi
+    if [ -x "$python" ]; then say ".venv is unfinished or older than ${1##*/}"; else say "$base_python: $missing"; fi
     python=$base_python
-    say "$base_python: $missing"
     if [ -n "${WHEELHOUSE:-}" ]; then
         [ -d "$WHEELHOUSE" ] || fail "WHEELHOUSE=$WHEELHOUSE is not a folder"
     elif [ -z "${TORCH_INDEX_URL:-}" ]; then

@@ -96,14 +96,11 @@ def check_adapter(adapter: str) -> None:
     shapes = adapter_shapes(adapter)
     if not shapes:
         raise ValueError(f"{folder / WEIGHTS}: found no tensors, expected the weights of an adapter")
-    recorded = read_json(folder / "run.json").get("files", {})
-    if isinstance(recorded, dict) and (expected := recorded.get(WEIGHTS)):
-        expected = expected.get("sha256") if isinstance(expected, dict) else expected
-        if (found := file_sha256(folder / WEIGHTS)) != expected:
-            raise ValueError(
-                f"{folder / WEIGHTS}: found sha256 {found[:12]}, expected {expected[:12]} (run.json): changed after "
-                "the training"
-            )
+    expected = read_json(folder / "run.json").get("files", {}).get(WEIGHTS)
+    if expected and (found := file_sha256(folder / WEIGHTS)) != expected:
+        raise ValueError(
+            f"{folder / WEIGHTS}: found sha256 {found[:12]}, expected {expected[:12]} (run.json): changed since"
+        )
 
 
 def adapter_shapes(adapter: str) -> dict[str, tuple[int, ...]]:
@@ -118,7 +115,7 @@ def adapter_shapes(adapter: str) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"adapter {adapter!r}: found no {WEIGHTS}{other}")
     try:
         with safe_open(weights, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights}: damaged or no safetensors file ({first_line(error)})") from None
 
@@ -154,8 +151,8 @@ def check_belongs(adapter: str, base: str, merged_before: list[str], before: lis
         # Quantised stages go on training a copy of the adapter that they start from.
         raise ValueError(f"adapter {adapter!r}: goes on from {last.get('path')!r} and contains it; give it alone")
 
-    root = next((link for link in links if link.get("fingerprint")), None)
-    expected = root["fingerprint"] if root else None
+    root = next((link for link in links if link.get("fingerprint")), {})
+    expected = root.get("fingerprint")
     if expected is None and start and Path(start).is_dir() and not is_adapter_dir(start):
         if Path(start).resolve() == Path(base).resolve():
             return
@@ -163,7 +160,7 @@ def check_belongs(adapter: str, base: str, merged_before: list[str], before: lis
     origin = read_json(Path(base) / "merge.json").get("base", {})
     if expected and expected not in (weights_fingerprint(base), origin.get("fingerprint")):
         raise ValueError(
-            f"adapter {adapter!r}: was trained on {root.get('path') if root else start!r}, whose weights differ from "
+            f"adapter {adapter!r}: was trained on {root.get('path', start)!r}, whose weights differ from "
             f"those of the base {base!r}; give the base that it was trained on"
         )
 
@@ -236,3 +233,11 @@ def check_output_dir(output_dir: str, inputs: list[str]) -> Path:
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir}: {first_line(error)}") from None
     return target
+
+
+def describe_lineage(path: str) -> list[dict[str, str]]:
+    """What run.json keeps of the way to a model: the base with its fingerprint, then each adapter with its hash."""
+    base, *adapters = resolve_lineage(path)
+    fingerprint = weights_fingerprint(base)
+    links = [{"path": base} | ({"fingerprint": fingerprint} if fingerprint else {})]
+    return links + [{"path": adapter, "sha256": file_sha256(Path(adapter) / WEIGHTS)} for adapter in adapters]

@@ -27,8 +27,8 @@ def flag(default: Any, help: str) -> Any:
 class ModelArguments:
     model_name_or_path: str | None = flag(
         None,
-        "model folder, hub name, or a LoRA folder to go on from; unset: the finished stage before this one in --outputs,"
-        " else the embedded model",
+        "model folder, hub name, or a LoRA folder to go on from; unset: the finished stage before this one in"
+        " --outputs, else the embedded model",
     )
     tokenizer_name_or_path: str | None = flag(None, "tokenizer folder or hub name; unset: the model's own")
     quantization: Literal["none", "8bit", "4bit"] = flag(
@@ -59,8 +59,12 @@ class DataArguments:
     train_on_inputs: bool = flag(False, "train on the prompts too, not on the answers alone")
     max_train_samples: int | None = flag(None, "train on a seeded random choice of so many rows")
     max_eval_samples: int | None = flag(None, "evaluate on a seeded random choice of so many rows")
-    validation_split_fraction: float = flag(0.05, "share of the training prompts held out when no validation files are given")
-    on_bad_rows: Literal["error", "skip"] = flag("error", "stop at a bad row, or count it and write rejected_rows.jsonl")
+    validation_split_fraction: float = flag(
+        0.05, "share of the training prompts held out when no validation files are given"
+    )
+    on_bad_rows: Literal["error", "skip"] = flag(
+        "error", "stop at a bad row, or count it and write rejected_rows.jsonl"
+    )
     num_proc: int | None = flag(None, "worker processes that tokenise (all cores)")
     cache_dir: str | None = flag(None, "tokenised data, by content (.cache/suwen beside the scripts)")
     data_seed: int = flag(42, "seed of sampling and splitting")
@@ -80,7 +84,9 @@ class LoraArguments:
 class RunArguments:
     output_dir: str = flag("", "everything that the run leaves")
     logging_dir: str | None = flag(None, "TensorBoard logs (tensorboard in the output folder)")
-    resume: str = flag("auto", "auto: go on from the newest whole checkpoint; never: start anew; or a checkpoint folder")
+    resume: str = flag(
+        "auto", "auto: go on from the newest whole checkpoint; never: start anew; or a checkpoint folder"
+    )
 
 
 @dataclass
@@ -212,7 +218,9 @@ def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda 
             try:
                 lengths += int(values[0])
             except (IndexError, ValueError):
-                raise ValueError(f"--{name}: found {' '.join(values) or 'nothing'}, expected a number of tokens") from None
+                raise ValueError(
+                    f"--{name}: found {' '.join(values) or 'nothing'}, expected a number of tokens"
+                ) from None
             continue
         if name in {"load_in_4bit", "load_in_8bit"}:
             if is_true(values):
@@ -313,7 +321,9 @@ def split_dataclasses(namespace: argparse.Namespace, *classes: type) -> list[Any
     return [cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}) for cls in classes]
 
 
-def parse_stage_arguments(argv: list[str] | None, stage: str, description: str, defaults: dict[str, Any]) -> StageArguments:
+def parse_stage_arguments(
+    argv: list[str] | None, stage: str, description: str, defaults: dict[str, Any]
+) -> StageArguments:
     """Parse a stage's command line up to the library's own flags.
 
     Args:
@@ -347,7 +357,9 @@ def parse_stage_arguments(argv: list[str] | None, stage: str, description: str, 
 def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArguments) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if model.quantization != "none" and not lora.use_peft:
-        raise ValueError(f"--quantization {model.quantization}: quantised weights cannot be trained, add --use_peft True")
+        raise ValueError(
+            f"--quantization {model.quantization}: quantised weights cannot be trained, add --use_peft True"
+        )
     if model.pure_bf16 and (lora.use_peft or model.dtype not in ("auto", "bfloat16")):
         raise ValueError("--pure_bf16: for training all weights in bfloat16; not with --use_peft or another --dtype")
     if data.max_length is not None and data.max_length < 8:
@@ -369,13 +381,15 @@ def parse_library_flags(words: list[str], config_class: type) -> dict[str, Any]:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(config_class, allow_abbrev=False)
-    parser.error = OneLineParser.error.__get__(parser)  # type: ignore[method-assign]
+    parser.error = OneLineParser.error.__get__(parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     parser._defaults.clear()
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
-        ours = [f.name for c in (ModelArguments, DataArguments, LoraArguments, RunArguments) for f in dataclasses.fields(c)]
+        ours = [
+            f.name for c in (ModelArguments, DataArguments, LoraArguments, RunArguments) for f in dataclasses.fields(c)
+        ]
         known = ["--" + name for name in ours + [f.name for f in dataclasses.fields(config_class)]]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"

@@ -1,8 +1,8 @@
 """Is this Python environment the one that requirements.txt asks for, and does its torch fit the GPUs of this machine?
 
-    python -m suwen.check_environment packages requirements.txt    exit code 0 if every pin is installed
-    python -m suwen.check_environment gpus                         prints the number of GPUs that torch can use
-    python -m suwen.check_environment build                        before installing: will torch's default build fit?
+    python -m suwen.check_environment packages requirements.txt [--stamp FILE]    exit code 0 if every pin is installed
+    python -m suwen.check_environment gpus     prints the number of GPUs that torch can use
+    python -m suwen.check_environment build    before installing: will torch's default build fit?
 
 The launchers call it before anything is installed, so it needs the standard library only and never imports torch,
 except to count GPUs on a machine that has them but no nvidia-smi.
@@ -76,7 +76,9 @@ def read_pins(file: Path) -> list[tuple[str, str]]:
             continue
         match = re.fullmatch(r"([\w.-]+)==([\w.+!]+)(?:\s*;\s*python_version\s*(<|>=)\s*[\"']([\d.]+)[\"'])?", line)
         if not match:
-            raise ValueError(f"{file}, line {number}: found {line!r}, expected name==version[; python_version < '3.11']")
+            raise ValueError(
+                f"{file}, line {number}: found {line!r}, expected name==version[; python_version < '3.11']"
+            )
         name, version, comparison, limit = match.groups()
         older = bool(limit) and sys.version_info[:2] < as_version(limit)
         if comparison is None or older == (comparison == "<"):
@@ -260,9 +262,8 @@ def check_default_build() -> int:
 def main(argv: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if command == "packages":
-        stamp = Path(rest[rest.index("--stamp") + 1]) if "--stamp" in rest else None
-        files = [Path(item) for item in rest if item != "--stamp" and item != str(stamp)]
-        return check_packages(files, stamp)
+        split = rest.index("--stamp") if "--stamp" in rest else len(rest)
+        return check_packages([Path(item) for item in rest[:split]], Path(rest[split + 1]) if rest[split:] else None)
     if command == "fingerprint":
         print(fingerprint([Path(item) for item in rest]))
         return 0

@@ -46,13 +46,16 @@ def find_checkpoint(output_dir: Path, resume: str, writer: bool = True) -> tuple
     if resume not in ("auto", "never"):
         chosen = Path(resume)
         if not is_whole(chosen):
-            raise ValueError(f"--resume {resume}: found no whole checkpoint there, expected auto, never or a checkpoint-N folder")
+            raise ValueError(
+                f"--resume {resume}: found no whole checkpoint there, expected auto, never or a checkpoint-N folder"
+            )
         return chosen, [f"going on from {chosen}"]
     checkpoints = list_checkpoints(output_dir)
     lines = []
     if resume == "never":
         if checkpoints and writer:
-            lines.append(f"--resume never: checkpoints of the earlier run moved to {set_aside(checkpoints, output_dir, 'earlier')}")
+            moved = set_aside(checkpoints, output_dir, "earlier")
+            lines.append(f"--resume never: checkpoints of the earlier run moved to {moved}")
         return None, lines
     broken = [path for path in checkpoints if not is_whole(path)]
     if broken and writer:

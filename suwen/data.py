@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from suwen import readers
-from suwen.formats import EXPECTED, SCHEMAS, BadRow, canonical_rows, parse_columns
+from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
 from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, build_batches, encode_all
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
@@ -54,6 +54,7 @@ class Report:
     rows_read: int = 0
     rows_refused: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)  # what was put right in rows that are used
+    keys_left_aside: list[str] = field(default_factory=list)
     rows_left_out: Counter[str] = field(default_factory=Counter)  # by weights and sample limits
     rows_repeated: int = 0
     rows_dropped: Counter[str] = field(default_factory=Counter)  # by the encoder
@@ -97,10 +98,12 @@ class Report:
             lines.append(f"  {padded}  {self.encodings.get(name, 'parquet')}, {self.files[name]:,} rows{tail}")
         lines.append(f"  read {self.rows_read:,} rows, refused {sum(self.rows_refused.values()):,}")
         groups = (("refused", self.rows_refused), ("put right", self.changes), ("not chosen", self.rows_left_out))
-        for title, counts in (*groups, ("dropped by the encoder", self.rows_dropped)):
+        for title, counts in (*groups, ("left out by the encoder", self.rows_dropped)):
             lines += [f"  {title}: {count:,} x {reason}" for reason, count in sorted(counts.items())]
         if self.rows_repeated:
             lines.append(f"  repeated by weights: {self.rows_repeated:,} rows")
+        if self.keys_left_aside:
+            lines.append(f"  keys left aside: {', '.join(self.keys_left_aside)}")
         lines.append("  " + _tokens_line("training", self.rows_encoded, self.tokens, self.trained_tokens))
         if self.validation_rows:
             tokens = (self.validation_rows, self.validation_tokens, self.validation_trained_tokens)
@@ -203,7 +206,8 @@ def _read_files(
         raise ValueError(f"schema: found {schema!r}, expected one of {', '.join(SCHEMAS)}")
     mapping = parse_columns(columns)
     encodings = {} if encodings is None else encodings
-    mapped, keys_seen, rows = 0, "", 0
+    mapped, rows = 0, 0
+    keys_seen: set[str] = set()
     for file in files:
         if file not in encodings:
             encodings[file] = None if readers.file_kind(file) == ".parquet" else readers.detect_encoding(file)
@@ -221,9 +225,9 @@ def _read_files(
                 refusal = record
             else:
                 where, value = record
-                if mapping and isinstance(value, dict):
-                    mapped += all(column in value for column in mapping.values())
-                    keys_seen = keys_seen or ", ".join(map(str, value))
+                if isinstance(value, dict):
+                    keys_seen.update(value)
+                    mapped += bool(mapping) and all(column in value for column in mapping.values())
                 try:
                     for row in canonical_rows(value, schema, mapping, report.changes):
                         rows += 1
@@ -237,7 +241,10 @@ def _read_files(
             report.refused_by_file[name] = report.refused_by_file.get(name, 0) + 1
             rejected.write(refusal)
     if mapping and not mapped:
-        raise ValueError(f"--columns {columns}: no row has these columns; found {keys_seen}")
+        raise ValueError(f"--columns {columns}: no row has these columns; found {', '.join(sorted(keys_seen))}")
+    known = set(mapping.values()) if mapping else KNOWN_KEYS
+    aside = {key for key in keys_seen if key not in known and key.strip().lower() not in known}
+    report.keys_left_aside = sorted({*report.keys_left_aside, *aside})
     if not rows:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report.rows_refused.items())
         raise ValueError(f"{files[0]}: no usable row here or in its fellows ({reasons}), expected {EXPECTED[schema]}")

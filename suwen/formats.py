@@ -23,6 +23,12 @@ TURN_LISTS = ("messages", "conversations", "conversation", "dialogue-content", "
 QUESTIONS = ("question", "questions", "ask", "title", "问", "问题", "query", "prompt", "input")
 ANSWERS = ("answer", "answers", "response", "responses", "output", "target", "completion", "答", "回答", "答案")
 REASONING = ("complex_cot", "reasoning_content", "reasoning")
+KNOWN_KEYS = {
+    *(*TURN_LISTS, *QUESTIONS, *ANSWERS, *REASONING),
+    *("instruction", "instruct", "history", "system", "system_prompt", "text", "content"),
+    *("chosen", "rejected", "response_chosen", "response_rejected"),
+    *("margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected"),
+}
 EXPECTED = {
     "text": 'text: a .txt line, {"text"}, {"title", "content"}, a JSON list of strings, or --columns text=COLUMN',
     "conversation": "a conversation: conversations, messages, instruction/output, question/answer, ask/answer, 问/答, "
@@ -73,7 +79,6 @@ def canonical_rows(value: Any, schema: str, columns: dict[str, str], changes: Co
     if not isinstance(value, dict):
         raise BadRow("wrong schema", f"found {_kind(value)}, expected {EXPECTED[schema]}")
     if columns and all(column in value for column in columns.values()):
-        changes[_MAPPED] += 1
         value = {name: value[column] for name, column in columns.items()}
     fields = {str(key).strip().lower(): item for key, item in value.items() if item is not None}
     try:
@@ -87,9 +92,6 @@ def canonical_rows(value: Any, schema: str, columns: dict[str, str], changes: Co
         if nulls and error.reason == "wrong schema":
             raise BadRow("null value", f"{', '.join(nulls)} is null, expected {EXPECTED[schema]}") from None
         raise
-
-
-_MAPPED = "rows read by --columns"
 
 
 # ------------------------------------------------------------------------------------------------------------- values

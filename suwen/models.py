@@ -20,7 +20,14 @@ from suwen.encoding import apply_template
 
 STAGES = ("pt", "sft", "rm", "dpo", "orpo", "ppo")
 # What each stage goes on from, the nearest first.
-STAGES_BEFORE = {"pt": (), "sft": ("pt",), "dpo": ("sft", "pt"), "rm": ("sft", "pt"), "orpo": ("sft", "pt"), "ppo": ("sft", "pt")}
+STAGES_BEFORE = {
+    "pt": (),
+    "sft": ("pt",),
+    "dpo": ("sft", "pt"),
+    "rm": ("sft", "pt"),
+    "orpo": ("sft", "pt"),
+    "ppo": ("sft", "pt"),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def find_finished_stage(outputs: str | Path = "outputs", stages: tuple[str, ...] = STAGES) -> str | None:
-    """The newest finished stage folder below `outputs`, or the first of `stages` in their order of time; None if none."""
+    """The newest of the finished stage folders below `outputs`; None if there is none."""
     finished = []
     for stage in stages:
         folder = Path(outputs) / stage
@@ -84,7 +91,9 @@ def require_model(path: str) -> None:
         return
     config = read_json(folder / "config.json")
     if not config:
-        raise ValueError(f"model {path!r}: found no config.json or adapter_config.json, expected a model or LoRA folder")
+        raise ValueError(
+            f"model {path!r}: found no config.json or adapter_config.json, expected a model or LoRA folder"
+        )
     if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"model {path!r}: model_type {config.get('model_type')!r} needs code from the folder, which never runs; "
@@ -121,18 +130,16 @@ def resolve_lineage(path: str) -> list[str]:
     lineage = resolve_lineage(base)
     for link in recorded:
         weights = Path(base) / "adapter_model.safetensors"
-        if link.get("path") == base and link.get("sha256") and weights.is_file() and file_sha256(weights) != link["sha256"]:
-            raise ValueError(f"adapter {path!r}: its start {base!r} has changed since the training, expected the one recorded")
+        if (
+            link.get("path") == base
+            and link.get("sha256")
+            and weights.is_file()
+            and file_sha256(weights) != link["sha256"]
+        ):
+            raise ValueError(
+                f"adapter {path!r}: its start {base!r} has changed since the training, expected the one recorded"
+            )
     return [*lineage, path]
-
-
-def describe_lineage(path: str) -> list[dict[str, str]]:
-    """What run.json keeps of the way to a model: each link's path, and the hash of its weights where it is small."""
-    links = []
-    for link in resolve_lineage(path):
-        weights = Path(link) / "adapter_model.safetensors"
-        links.append({"path": link} | ({"sha256": file_sha256(weights)} if weights.is_file() else {}))
-    return links
 
 
 def load_tokenizer(path: str, template_name: str | None = None) -> Any:
@@ -145,7 +152,9 @@ def load_tokenizer(path: str, template_name: str | None = None) -> Any:
         return load_tokenizer(adapter_base(folder), template_name)
     name = read_json(folder / "tokenizer_config.json").get("tokenizer_class") if folder.is_dir() else None
     if name and not any(hasattr(transformers, n) for n in (name, name + "Fast", name.removesuffix("Fast"))):
-        raise ValueError(f"tokenizer {path!r}: class {name!r} is not part of transformers; convert the checkpoint first")
+        raise ValueError(
+            f"tokenizer {path!r}: class {name!r} is not part of transformers; convert the checkpoint first"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -174,12 +183,14 @@ def load_config(path: str) -> Any:
 def scale_rope(config: Any, kind: str, length: int) -> None:
     """Stretch rotary positions so that `length` tokens fit, in the way transformers 5 stores it.
 
-    linear: Chen et al. 2023 (arXiv:2306.15595); yarn: Peng et al. 2023 (arXiv:2309.00071); dynamic: NTK-aware, acts only
-    beyond the model's own window.
+    linear: Chen et al. 2023 (arXiv:2306.15595); yarn: Peng et al. 2023 (arXiv:2309.00071); dynamic: NTK-aware,
+    acts only beyond the model's own window.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or "rope_theta" not in parameters:
-        raise ValueError(f"--rope_scaling: model type {config.model_type!r} has no rotary positions that can be stretched")
+        raise ValueError(
+            f"--rope_scaling: model type {config.model_type!r} has no rotary positions that can be stretched"
+        )
     window = config.max_position_embeddings
     if length <= window:
         raise ValueError(f"--rope_scaling: --max_length {length} already fits the model's window of {window}")
@@ -240,9 +251,9 @@ def load_causal_lm(
 ) -> Any:
     """A model ready for use from a full model, a hub name or a LoRA folder.
 
-    Unquantised, the adapters of a LoRA folder are merged into their base in float32, one after the other. Quantised, the
-    last adapter stays on the quantised base as it was trained (merging would quantise twice); adapters before it were
-    trained on other bases and cannot be put there.
+    Unquantised, the adapters of a LoRA folder are merged into their base in float32, one after the other. Quantised,
+    the last adapter stays on the quantised base as it was trained (merging would quantise twice); adapters before it
+    were trained on other bases and cannot be put there.
 
     Args:
         path: full model folder, hub name, or LoRA folder.
@@ -252,6 +263,11 @@ def load_causal_lm(
         trainable: a quantised LoRA folder's adapter can be trained further.
     """
     base, *adapters = resolve_lineage(path)
+    for adapter in adapters:  # an adapter trained on stretched positions needs them again
+        trained = read_json(Path(adapter) / "run.json")
+        if config is None and (kind := trained.get("arguments", {}).get("rope_scaling")):
+            config = load_config(base)
+            scale_rope(config, kind, trained["max_length"])
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not adapters:
         compute = torch.float32 if dtype == "auto" else torch_dtype
@@ -261,8 +277,8 @@ def load_causal_lm(
     if quantization != "none":
         if len(adapters) > 1:
             raise ValueError(
-                f"--quantization {quantization}: {path!r} stands on the adapter {adapters[-2]!r}; merge that one first with "
-                "merge_peft_adapter.py"
+                f"--quantization {quantization}: {path!r} stands on the adapter {adapters[-2]!r}; merge that one "
+                "first with merge_peft_adapter.py"
             )
         compute = torch.float32 if dtype == "auto" else torch_dtype
         model = load_base(base, torch_dtype, quantization, compute, device, attn_implementation, config)
@@ -278,7 +294,9 @@ def load_causal_lm(
     model.config._name_or_path = path
     model.name_or_path = path
     if dtype == "auto":
-        torch_dtype = getattr(torch, str(read_json(Path(base) / "config.json").get("dtype") or "float32"), torch.float32)
+        torch_dtype = getattr(
+            torch, str(read_json(Path(base) / "config.json").get("dtype") or "float32"), torch.float32
+        )
     return model.to(torch_dtype)
 
 
@@ -291,7 +309,11 @@ def load_adapter(model: Any, adapter: str, trainable: bool = False) -> Any:
         raise ValueError(f"adapter {adapter!r}: found no adapter_model.safetensors")
     try:
         with safe_open(weights, "pt") as file:
-            rows = [file.get_slice(k).get_shape()[0] for k in file.keys() if re.search(r"(embed_tokens|wte|word_embeddings)\.weight$", k)]
+            rows = [
+                file.get_slice(k).get_shape()[0]
+                for k in file.keys()
+                if re.search(r"(embed_tokens|wte|word_embeddings)\.weight$", k)
+            ]
     except Exception as error:  # safetensors raises its own class for damaged files
         raise ValueError(f"adapter {adapter!r}: {first_line(error)}") from None
     if rows and rows[0] > model.get_input_embeddings().weight.shape[0]:
@@ -310,8 +332,8 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         return  # the weights are partitioned: their shapes say nothing here
     if len(tokenizer) > rows:
         raise ValueError(
-            f"tokenizer and model do not fit: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows;"
-            " give the tokenizer that belongs to the model"
+            f"tokenizer and model do not fit: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}"
+            " rows; give the tokenizer that belongs to the model"
         )
 
 
@@ -359,12 +381,19 @@ def lora_config(lora: Any, model: Any) -> LoraConfig | None:
         return None
     targets = lora.target_modules.strip()
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    chosen: str | list[str] = "all-linear" if targets in ("all", "all-linear") else [t.strip() for t in targets.split(",")]
+    chosen: str | list[str] = (
+        "all-linear" if targets in ("all", "all-linear") else [t.strip() for t in targets.split(",")]
+    )
     saved = [name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else None
-    for flag_name, wanted in (("target_modules", chosen if isinstance(chosen, list) else []), ("modules_to_save", saved or [])):
+    for flag_name, wanted in (
+        ("target_modules", chosen if isinstance(chosen, list) else []),
+        ("modules_to_save", saved or []),
+    ):
         if missing := [name for name in wanted if name not in names]:
             linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-            raise ValueError(f"--{flag_name}: found {', '.join(missing)}, expected names of this model: {', '.join(linear)}")
+            raise ValueError(
+                f"--{flag_name}: found {', '.join(missing)}, expected names of this model: {', '.join(linear)}"
+            )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_rank,

@@ -43,8 +43,8 @@ def document_influence(model: Any, vocabulary_size: int, length: int = 24) -> fl
     The batch is built by the collator that training uses: positions restart, no attention mask, no cache.
 
     Returns:
-        Largest change of a logit, as a fraction of the logits' standard deviation. 0 where documents are isolated; models
-        without position_ids (ALiBi) or with linear attention come out far above.
+        Largest change of a logit, as a fraction of the logits' standard deviation. 0 where documents are isolated;
+        models without position_ids (ALiBi) or with linear attention come out far above.
     """
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     generator = torch.Generator().manual_seed(0)

@@ -418,7 +418,7 @@ def _read_json_list(file: Path, stream: TextIO) -> Iterator[tuple[str, Any] | Re
     try:
         while True:
             following = scanner.peek()
-            if following == "]" and row == 0 or row and following == "]":
+            if following == "]":
                 scanner.position += 1
                 break
             if row:
@@ -429,7 +429,7 @@ def _read_json_list(file: Path, stream: TextIO) -> Iterator[tuple[str, Any] | Re
             row += 1
             where = f"{file}, line {scanner.line}, row {row}"
             value = scanner.value()
-            yield (where, value) if _is_unicode(value) else _undecodable(where, value)
+            yield _undecodable(where, value) if scanner.escaped and not _is_unicode(value) else (where, value)
         if scanner.peek():
             raise json.JSONDecodeError("text after the end of the list", "", 0)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -444,11 +444,14 @@ def _invalid_json(where: str, error: Exception, row: Any, rest: bool = False) ->
 
 
 class _JsonScanner:
-    """Values one after another out of a JSON stream of any size; holds no more than the value being read."""
+    """Values one after another out of a JSON stream of any size; holds no more than the value being read.
+
+    `count` values were read so far; `escaped` tells whether the last one holds a \\u escape.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.buffer, self.position = stream, "", 0
-        self.ended, self.count = False, 0
+        self.ended, self.count, self.escaped = False, 0, False
         self.decode = json.JSONDecoder().raw_decode
         self._counted, self._lines = 0, 1
 
@@ -475,6 +478,7 @@ class _JsonScanner:
             try:
                 value, end = self.decode(self.buffer, self.position)
                 if end < len(self.buffer) or self.ended or not self._read_more():
+                    self.escaped = self.buffer.find("\\u", self.position, end) >= 0
                     self.position = end
                     self.count += 1
                     return value

@@ -71,7 +71,12 @@ class PreferenceRows:
         return [pair], Counter()
 
 
-def pair_as_row(pair: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The chosen side of a pair as a row of ids and labels, to be shown."""
-    labels = [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair["chosen_ids"]
-    return {"input_ids": pair["prompt_ids"] + pair["chosen_ids"], "labels": labels}
+def rows_of_pair(pair: dict[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The prompt with the better answer, and with the worse one, as rows of ids and labels."""
+    prompt = pair["prompt_ids"]
+    labels = [IGNORE_INDEX] * len(prompt)
+    better, worse = pair["chosen_ids"], pair["rejected_ids"]
+    return (
+        {"input_ids": prompt + better, "labels": labels + better},
+        {"input_ids": prompt + worse, "labels": labels + worse},
+    )

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, TrainerCallback
 
+from suwen.adapters import describe_lineage
 from suwen.arguments import StageArguments
 from suwen.checkpoint import find_checkpoint, identity_difference
-from suwen.models import compute_precision, describe_lineage, find_start, load_config, read_json
+from suwen.models import compute_precision, file_sha256, find_start, load_config, read_json
 from suwen.packing import packing_problem
 from suwen.records import draw_curves, peak_memory_bytes, timestamp, versions, without_secrets, write_json
 
@@ -44,8 +45,10 @@ COMMON = {
 # Arguments that do not change what is learned: a run may be resumed with other values.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "outputs", "do_train", "do_eval", "logging_steps", "logging_first_step", "save_steps",
-    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "report_to", "run_name", "num_proc", "cache_dir",
-    "dataloader_num_workers", "disable_tqdm", "on_bad_rows", "max_eval_samples", "per_device_eval_batch_size", "log_level",
+    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "report_to", "run_name", "num_proc",
+    "cache_dir", "logging_dir",
+    "dataloader_num_workers", "disable_tqdm", "on_bad_rows", "max_eval_samples", "per_device_eval_batch_size",
+    "log_level",
 }  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     start, why = find_start(args.model.model_name_or_path, args.model.outputs, args.stage)
     say(f"start: {start} (from {why}); precision {precision}")
     window = getattr(load_config(start), "max_position_embeddings", None)
-    length = args.data.max_length or min(1024, window or 1024)
+    length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
     if window and length > window and not args.model.rope_scaling:
         raise ValueError(
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
@@ -90,7 +93,12 @@ def thinking_mode(thinking: str) -> bool | None:
 
 
 def training_config(
-    args: StageArguments, config_class: type, library: dict[str, Any], precision: str, defaults: dict[str, Any], **fixed: Any
+    args: StageArguments,
+    config_class: type,
+    library: dict[str, Any],
+    precision: str,
+    defaults: dict[str, Any],
+    **fixed: Any,
 ) -> Any:
     """The library's config object: common defaults, then the stage's, then what the user gave, then what must be.
 
@@ -129,16 +137,22 @@ def identity(args: StageArguments, start: str, config: Any, data: PreparedData) 
     values: dict[str, Any] = {"start": start, "data": data.report.fingerprint, "world_size": config.world_size}
     for part in (args.model, args.data, args.lora):
         values |= dataclasses.asdict(part)
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in COMMON or f.name in LEARNING}
+    given = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in COMMON or f.name in LEARNING
+    }
     values |= given
     values.pop("model_name_or_path")
-    return {k: v if isinstance(v, (int, float, bool, type(None))) else str(v) for k, v in values.items() if k not in FREE_TO_CHANGE}
+    return {
+        k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
+        for k, v in values.items()
+        if k not in FREE_TO_CHANGE
+    }
 
 
 LEARNING = {
-    "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "beta", "loss_type", "loss_weights",
-    "label_smoothing", "label_smoothing_factor", "packing",
+    "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "beta", "loss_type",
+    "loss_weights", "label_smoothing", "label_smoothing_factor", "packing",
 }  # fmt: skip
 
 
@@ -158,7 +172,8 @@ class RefuseNonFinite(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
             raise ValueError(
-                f"step {state.global_step}: the training loss is {loss}; lower --learning_rate or use --bf16 instead of --fp16"
+                f"step {state.global_step}: the training loss is {loss}; lower --learning_rate, or use --bf16 instead "
+                "of --fp16"
             )
 
 
@@ -185,7 +200,9 @@ def run_stage(
     config, output = trainer.args, Path(args.run.output_dir)
     trainer.add_callback(RefuseNonFinite())
     own_identity = identity(args, start, config, data)
-    trained = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in trainer.model.parameters() if p.requires_grad)
+    trained = sum(
+        p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in trainer.model.parameters() if p.requires_grad
+    )
     total = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in trainer.model.parameters())
     dtypes = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if p.requires_grad}
     record: dict[str, Any] = {
@@ -200,6 +217,7 @@ def run_stage(
             "library": without_secrets(config.to_sanitized_dict()),
         },
         "start": start,
+        "max_length": args.data.max_length,
         "lineage": describe_lineage(start),
         "data": data.report.to_dict(),
         "versions": versions(),
@@ -213,7 +231,8 @@ def run_stage(
         *data.report.lines(),
         "example row (trained part marked):",
         example,
-        f"training {trained:,} of {total:,} parameters in {'/'.join(sorted(dtypes))} on {config.world_size} x {config.device.type}",
+        f"training {trained:,} of {total:,} parameters in {'/'.join(sorted(dtypes))} on {config.world_size} x "
+        f"{config.device.type}",
     )
     checkpoint = resume_from(args, own_identity, output)
     record["identity"] = own_identity
@@ -238,6 +257,8 @@ def run_stage(
         record["evaluation"] = trainer.evaluate()
     if config.do_train:
         save_result(trainer, output, stop_token_ids)
+        adapter = output / "adapter_model.safetensors"
+        record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
     record |= {"finished": bool(config.do_train), "finished_at": timestamp(), "peak_memory_bytes": peak_memory_bytes()}
     if main_process():
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
@@ -271,7 +292,13 @@ def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:
     trainer.model.config.use_cache = True  # switched off for training only
     trainer.save_model(str(output))
     if main_process():
-        shutil.rmtree(output / "ref", ignore_errors=True)  # the frozen copy of a quantised adapter: the reference of this run
+        shutil.rmtree(
+            output / "ref", ignore_errors=True
+        )  # the frozen copy of a quantised adapter: the reference of this run
+        umask = os.umask(0)
+        os.umask(umask)
+        for weights in output.glob("*.safetensors"):  # written for the owner alone: give them the usual permissions
+            weights.chmod(0o666 & ~umask)
         tokenizer = trainer.processing_class
         tokenizer.save_pretrained(output)
         stops = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
@@ -282,8 +309,9 @@ def closing_lines(record: dict[str, Any], output: Path) -> list[str]:
     lines = []
     if training := record.get("training"):
         lines.append(
-            f"trained {training['steps']} steps, {training['tokens']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s;"
-            f" mean loss {training['loss']:.4f}; peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB"
+            f"trained {training['steps']} steps, {training['tokens']:,} tokens at "
+            f"{training['tokens_per_second']:,.0f} tokens/s; mean loss {training['loss']:.4f}; "
+            f"peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB"
         )
     if evaluation := record.get("evaluation"):
         shown = {

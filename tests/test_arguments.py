@@ -113,7 +113,9 @@ def test_an_abbreviation_is_not_taken_for_a_flag():
 @pytest.mark.parametrize("script", ["pretraining.py", "supervised_finetuning.py", "dpo_training.py"])
 def test_help_needs_nothing_but_the_standard_library(script):
     began = time.monotonic()
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", RUN_WITHOUT_PACKAGES, str(ROOT / script)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", RUN_WITHOUT_PACKAGES, str(ROOT / script)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "--train_file_dir" in result.stdout and "--learning_rate" in result.stdout
     assert time.monotonic() - began < 30

@@ -265,7 +265,7 @@ def test_refused_and_dropped_rows_are_counted_and_written_also_from_the_cache(pr
         assert [row["where"] for row in rows] == [f"{path}, line 2", f"{path}, line 3"]
         rejected.unlink()
         text = "\n".join(report.lines())
-        for words in ("4 rows, 2 refused", "refused: 1 x empty text", "dropped by the encoder: 1 x too long", "UTF-8"):
+        for words in ("4 rows, 2 refused", "refused: 1 x empty text", "left out by the encoder: 1 x too long", "UTF-8"):
             assert words in text
 
 

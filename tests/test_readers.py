@@ -268,10 +268,19 @@ def test_columns_name_the_parts_of_any_other_table(tmp_path):
     assert pair_of({"x": Q, "y": A, "z": "无"}, "prompt=x,chosen=y,rejected=z")["rejected"][0]["content"] == "无"
     assert canonical_rows({"body": "一"}, "text", {"text": "body"}, Counter()) == [{"text": "一"}]
     path = write(tmp_path / "a.csv", f"ask,answer\n{Q},{A}\n")
-    with pytest.raises(ValueError, match=r"--columns prompt=aks,response=answer: no row has .* found ask, answer"):
+    with pytest.raises(ValueError, match=r"--columns prompt=aks,response=answer: no row has .* found answer, ask"):
         rows_of(path, columns="prompt=aks,response=answer")
     with pytest.raises(ValueError, match="--columns: found 'foo=bar', expected pairs such as"):
         rows_of(path, columns="foo=bar")
+
+
+def test_keys_that_are_not_used_are_reported(tmp_path):
+    rows = [{"question": Q, "answer": A, "cate": "内科"}, {"Question": Q, "Response": A, "id": 1}]
+    report = Report()
+    rows_of(write(tmp_path / "a.jsonl", json_lines(*rows)), report=report)
+    assert report.keys_left_aside == ["cate", "id"] and "  keys left aside: cate, id" in report.lines()
+    rows_of(write(tmp_path / "b.csv", f"ask,answer,c\n{Q},x,{A}\n"), columns="prompt=ask,response=c", report=report)
+    assert report.keys_left_aside == ["answer", "cate", "id"]
 
 
 # ------------------------------------------------------------------------------------------------- preference formats

@@ -1,4 +1,4 @@
-"""The stage scripts, run as users run them on a tiny model: what they leave, how they follow one another, what they refuse."""
+"""The stage scripts on a tiny model: what they leave, how they follow one another, what they refuse."""
 
 import json
 import os
@@ -23,7 +23,14 @@ from template import TEMPLATES
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
-QUESTIONS = ["高血压怎么办？", "糖尿病有什么症状？", "发热怎么处理？", "咳嗽做什么检查？", "头痛挂什么科？", "失眠怎么办？"]
+QUESTIONS = [
+    "高血压怎么办？",
+    "糖尿病有什么症状？",
+    "发热怎么处理？",
+    "咳嗽做什么检查？",
+    "头痛挂什么科？",
+    "失眠怎么办？",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +54,35 @@ def write_data(folder: Path, stage: str, repeat: int = 4) -> str:
             rows.append({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]})
         else:
             rows.append(
-                {"conversations": [{"from": "human", "value": question}], "chosen": answer, "rejected": f"不用管它{number}。"}
+                {
+                    "conversations": [{"from": "human", "value": question}],
+                    "chosen": answer,
+                    "rejected": f"不用管它{number}。",
+                }
             )
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(file)
 
 
 def arguments(stage: str, base: str | None, folder: Path, *more: str) -> list[str]:
-    words = ["--train_file_dir", write_data(folder, stage), "--output_dir", str(folder / stage), "--do_train", "--do_eval"]
+    words = [
+        "--train_file_dir",
+        write_data(folder, stage),
+        "--output_dir",
+        str(folder / stage),
+        "--do_train",
+        "--do_eval",
+    ]
     words += ["--cache_dir", str(folder / "cache"), "--num_proc", "1", "--bf16", "False", "--max_length", "128"]
-    words += ["--use_cpu", "--validation_split_fraction", "0.2", "--gradient_accumulation_steps", "2", "--disable_tqdm", "True"]
+    words += [
+        "--use_cpu",
+        "--validation_split_fraction",
+        "0.2",
+        "--gradient_accumulation_steps",
+        "2",
+        "--disable_tqdm",
+        "True",
+    ]
     words += ["--model_name_or_path", base] if base else []
     return [*words, *more]
 
@@ -73,7 +99,7 @@ def test_the_minimal_call_leaves_all_that_is_promised(stage, base, tmp_path, cap
     assert record["finished"] and record["training"]["steps"] == 3
     assert record["training"]["tokens"] > 0 and record["training"]["tokens_per_second"] > 0
     assert record["peak_memory_bytes"] > 0 and record["versions"]["torch"] == torch.__version__
-    assert record["lineage"] == [{"path": base}]
+    assert [link["path"] for link in record["lineage"]] == [base] and len(record["lineage"][0]["fingerprint"]) == 64
     assert len(record["data"]["fingerprint"]) == 64
     assert record["evaluation"]["eval_loss"] > 0
     assert (out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -122,7 +148,17 @@ def test_a_lora_folder_is_merged_when_the_next_stage_starts_from_it(base, tmp_pa
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization, base, tmp_path):
-    lora = ["--use_peft", "--quantization", quantization, "--learning_rate", "1e-2", "--max_steps", "2", "--logging_steps", "1"]
+    lora = [
+        "--use_peft",
+        "--quantization",
+        quantization,
+        "--learning_rate",
+        "1e-2",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
     run_stage("sft", base, tmp_path, *lora)
     record = run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora)
     assert record["trained_dtype"] == ["float32"]
@@ -149,7 +185,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(base, tmp_path):
     words = arguments("sft", base, tmp_path, "--max_steps", "60", "--save_steps", "5", "--logging_steps", "1")
-    process = subprocess.Popen(command("sft", *words), env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("sft", *words), env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "sft" / "checkpoint-10" / "trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -204,7 +242,11 @@ def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> N
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     start = [sys.executable, "-m", "accelerate.commands.launch", *launcher] if launcher else start
     result = subprocess.run(
-        [*start, str(ROOT / SCRIPTS[stage].__file__), *words], env=environment(folder), capture_output=True, text=True, timeout=240
+        [*start, str(ROOT / SCRIPTS[stage].__file__), *words],
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
@@ -212,7 +254,18 @@ def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> N
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
-    same = ["--max_steps", "3", "--learning_rate", "1e-3", "--warmup_steps", "0", "--optim", "sgd", "--max_grad_norm", "0"]
+    same = [
+        "--max_steps",
+        "3",
+        "--learning_rate",
+        "1e-3",
+        "--warmup_steps",
+        "0",
+        "--optim",
+        "sgd",
+        "--max_grad_norm",
+        "0",
+    ]
     same += ["--packing", "False"] if stage == "sft" else []
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()

@@ -38,14 +38,17 @@ def pairs(count: int, seed: int = 0) -> Dataset:
         length = int(torch.randint(shortest, longest, (1,), generator=generator))
         return torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
 
-    return Dataset.from_list([{"prompt_ids": ids(4, 9), "chosen_ids": ids(3, 9), "rejected_ids": ids(3, 9)} for _ in range(count)])
+    return Dataset.from_list(
+        [{"prompt_ids": ids(4, 9), "chosen_ids": ids(3, 9), "rejected_ids": ids(3, 9)} for _ in range(count)]
+    )
 
 
 def settings(cls: type, folder: Path, **given):
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": [], "max_length": 64,
         "per_device_train_batch_size": 8, "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.5,
-        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1, "save_strategy": "no", "logging_steps": 1,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1, "save_strategy": "no",
+        "logging_steps": 1,
         "per_device_eval_batch_size": 1, "seed": 1, "disable_tqdm": True,
     }  # fmt: skip
     return cls(**defaults | given)
@@ -86,7 +89,9 @@ def test_packed_rows_give_the_step_of_single_rows(tmp_path):
 
 def test_a_batch_of_four_is_four_accumulated_batches_of_one(tmp_path):
     tokenizer, data = tiny_tokenizer(), rows(4)
-    batch = train(LanguageModelTrainer, settings(SFTConfig, tmp_path / "a", per_device_train_batch_size=4), data, tokenizer)
+    batch = train(
+        LanguageModelTrainer, settings(SFTConfig, tmp_path / "a", per_device_train_batch_size=4), data, tokenizer
+    )
     config = settings(SFTConfig, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert_same_weights(batch, train(LanguageModelTrainer, config, data, tokenizer))
 
@@ -94,7 +99,9 @@ def test_a_batch_of_four_is_four_accumulated_batches_of_one(tmp_path):
 def test_a_batch_of_four_pairs_is_four_accumulated_pairs(tmp_path):
     tokenizer, data = tiny_tokenizer(), pairs(4)
     common = {"max_length": None, "learning_rate": 5.0, "precompute_ref_log_probs": True}
-    batch = train(PreferenceTrainer, settings(DPOConfig, tmp_path / "a", per_device_train_batch_size=4, **common), data, tokenizer)
+    batch = train(
+        PreferenceTrainer, settings(DPOConfig, tmp_path / "a", per_device_train_batch_size=4, **common), data, tokenizer
+    )
     config = settings(DPOConfig, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **common)
     assert_same_weights(batch, train(PreferenceTrainer, config, data, tokenizer))
 
@@ -111,7 +118,11 @@ def test_first_dpo_loss_is_ln_2(tmp_path, lora):
 def test_evaluation_averages_over_tokens(tmp_path):
     data = rows(7, seed=5, longest=60)
     trainer = train(
-        LanguageModelTrainer, settings(SFTConfig, tmp_path, per_device_eval_batch_size=3), rows(4), tiny_tokenizer(), eval_dataset=data
+        LanguageModelTrainer,
+        settings(SFTConfig, tmp_path, per_device_eval_batch_size=3),
+        rows(4),
+        tiny_tokenizer(),
+        eval_dataset=data,
     )
     found = trainer.evaluate()
     nll, tokens, correct = 0.0, 0, 0
@@ -163,7 +174,13 @@ def test_the_probe_finds_a_model_that_mixes_documents():
 
 def test_planned_steps_are_the_steps_taken(tmp_path):
     config = settings(
-        SFTConfig, tmp_path, packing=True, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=1, gradient_accumulation_steps=3
+        SFTConfig,
+        tmp_path,
+        packing=True,
+        max_steps=-1,
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
     )
     torch.manual_seed(3)
     trainer = LanguageModelTrainer(
