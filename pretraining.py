@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     config = stage.training_config(args, SFTConfig, library, precision, defaults, max_length=length)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
-    stage.choose_packing(config, args.data.packing, model, tokenizer)
+    stage.choose_packing(config, args.data.packing, library, model, tokenizer)
 
     # Training: resumes by itself, evaluates, saves
     trainer = LanguageModelTrainer(

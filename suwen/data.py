@@ -247,7 +247,8 @@ def _read_files(
     report.keys_left_aside = sorted({*report.keys_left_aside, *aside})
     if not rows:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report.rows_refused.items())
-        raise ValueError(f"{files[0]}: no usable row here or in its fellows ({reasons}), expected {EXPECTED[schema]}")
+        places = str(files[0]) + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
+        raise ValueError(f"{places}: no usable row ({reasons}), expected {EXPECTED[schema]}")
 
 
 # -------------------------------------------------------------------------------------------------------- preparation

@@ -206,7 +206,7 @@ def find_default_model() -> str:
     """The newest finished stage, else the embedded model."""
     from suwen.models import find_finished_stage
 
-    if (stage := find_finished_stage()) is not None:
+    if (stage := find_finished_stage() or find_finished_stage("outputs/pipeline")) is not None:
         say(f"no --base_model: the newest finished stage, {stage}")
         return stage
     from suwen.embedded import build_embedded_model

@@ -7,13 +7,15 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, TrainerCallback
+from tqdm import tqdm
+from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainerCallback
 
 from suwen.adapters import describe_lineage
 from suwen.arguments import StageArguments
@@ -74,6 +76,8 @@ def quiet_libraries() -> None:
 def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]:
     """What is settled before anything heavy: the model to start from, the precision, and the tokens in a row."""
     quiet_libraries()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     precision = compute_precision(library)
@@ -121,14 +125,14 @@ def training_config(
     return config_class(**values)
 
 
-def choose_packing(config: Any, wanted: bool, model: Any, tokenizer: Any) -> None:
+def choose_packing(config: Any, wanted: bool, library: dict[str, Any], model: Any, tokenizer: Any) -> None:
     """Pack rows where the model keeps them apart; otherwise pad them, grouped by length, and say why."""
     problem = packing_problem(model, len(tokenizer)) if wanted else "--packing False"
     config.packing = problem is None
     if problem is None:
         config.per_device_eval_batch_size = 1  # packed sequences of a batch are joined into one: count them one by one
     else:
-        config.train_sampling_strategy = "group_by_length"
+        config.train_sampling_strategy = library.get("train_sampling_strategy", "group_by_length")
         say(f"packing off: {problem}")
 
 
@@ -177,6 +181,29 @@ class RefuseNonFinite(TrainerCallback):
             )
 
 
+# What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.
+SHOWN = {
+    "loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity", "mean_token_accuracy": "accuracy",
+    "eval_token_accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin",
+    "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "margin", "grad_norm": "gradient",
+    "learning_rate": "rate",
+}  # fmt: skip
+
+
+class StageLines(TrainerCallback):
+    """A log line for people instead of the trainer's dictionary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        parts = [f"{name} {float(logs[key]):.4g}" for key, name in SHOWN.items() if key in (logs or {})]
+        if state.is_world_process_zero and parts:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), file=sys.stdout)
+            sys.stdout.flush()
+
+
+class StageProgress(StageLines, ProgressCallback):
+    """The same beside the trainer's progress bar."""
+
+
 def run_stage(
     trainer: Any,
     args: StageArguments,
@@ -198,6 +225,9 @@ def run_stage(
         The content of run.json.
     """
     config, output = trainer.args, Path(args.run.output_dir)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(StageProgress() if not config.disable_tqdm else StageLines())
     trainer.add_callback(RefuseNonFinite())
     own_identity = identity(args, start, config, data)
     trained = sum(

@@ -254,9 +254,10 @@ def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> N
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
+    # Two steps use 16 of the 19 training rows: an uneven last batch would be filled up differently.
     same = [
         "--max_steps",
-        "3",
+        "2",
         "--learning_rate",
         "1e-3",
         "--warmup_steps",
@@ -266,7 +267,7 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
         "--max_grad_norm",
         "0",
     ]
-    same += ["--packing", "False"] if stage == "sft" else []
+    same += ["--packing", "False", "--train_sampling_strategy", "random"] if stage == "sft" else []
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     run_stage(stage, base, one, *same, "--per_device_train_batch_size", "4")
@@ -275,6 +276,6 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     first, second = (load_file(folder / stage / "model.safetensors") for folder in (one, two))
     moved = max((first[key] - start[key]).abs().max().item() for key in first)
     apart = max((first[key] - second[key]).abs().max().item() for key in first)
-    assert apart < 0.01 * moved
+    assert apart < 0.001 * moved
     losses = [json.loads((f / stage / "run.json").read_text())["evaluation"]["eval_loss"] for f in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
