@@ -114,7 +114,7 @@ def answer_batches(served: Served, prompts: list[Prompt], todo: list[int], args:
 
 
 def answer_file(served: Served, prompts: list[Prompt], args: argparse.Namespace) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     settings = (
         "template_name quantization dtype thinking max_new_tokens temperature top_p top_k repetition_penalty seed"

@@ -41,18 +41,24 @@ wants_help() {
 
 # --- The interpreter
 
-runs_python_310() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+# runs_python INTERPRETER MINOR: does it run, and is it Python 3.MINOR or newer?
+runs_python() { "$1" -c "import sys; sys.exit(sys.version_info < (3, $2))" >/dev/null 2>&1; }
 
-# Sets python to the interpreter the user meant: PYTHON, the active environment, or the first of 3.10 or newer on PATH.
+# Sets python to the interpreter the user meant: PYTHON, the active environment, or one of 3.10 or newer on PATH (rather
+# 3.11 or newer: the libraries' newest versions no longer serve 3.10).
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        runs_python_310 "$PYTHON" || fail "PYTHON=$PYTHON does not run or is older than 3.10"
+        runs_python "$PYTHON" 10 || fail "PYTHON=$PYTHON does not run or is older than 3.10"
         python=$PYTHON
         return
     fi
-    for python in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
-        python3 python python3.13 python3.12 python3.11 python3.10; do
-        if [ -n "$python" ] && runs_python_310 "$python"; then return; fi
+    for python in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}"; do
+        if [ -n "$python" ] && runs_python "$python" 10; then return; fi
+    done
+    for minor in 11 10; do
+        for python in python3 python python3.13 python3.12 python3.11 python3.10; do
+            if runs_python "$python" "$minor"; then return; fi
+        done
     done
     fail "found no Python 3.10 or newer on PATH; install one or set PYTHON=/path/to/python3"
 }
@@ -91,7 +97,7 @@ unlock_environment() {
 make_environment() {
     venv_python=$root/.venv/bin/python
     base_pip=
-    if ! runs_python_310 "$venv_python"; then
+    if ! runs_python "$venv_python" 10; then
         say "Making .venv with $("$python" --version) ..."
         if ! "$python" -m venv --clear "$root/.venv" >/dev/null 2>&1; then
             "$python" -m venv --clear --without-pip "$root/.venv" || fail "$python cannot make a virtual environment"

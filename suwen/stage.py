@@ -81,6 +81,8 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     precision = compute_precision(library)
+    if precision == "bf16" and uses_deepspeed(library) and not torch.cuda.is_available():
+        precision = "fp32"  # the library refuses bf16 without a GPU unless use_cpu is set, which DeepSpeed cannot have
     start, why = find_start(args.model.model_name_or_path, args.model.outputs, args.stage)
     say(f"start: {start} (from {why}); precision {precision}")
     window = getattr(load_config(start), "max_position_embeddings", None)
@@ -90,6 +92,10 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
     return start, precision, length
+
+
+def uses_deepspeed(library: dict[str, Any]) -> bool:
+    return bool(library.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def thinking_mode(thinking: str) -> bool | None:
@@ -110,8 +116,9 @@ def training_config(
     """
     cpu = library.get("use_cpu") or not torch.cuda.is_available()
     values: dict[str, Any] = {**COMMON, "gradient_checkpointing": not cpu, **defaults, **library}
-    values |= {"output_dir": args.run.output_dir, "use_cpu": cpu, **fixed}
-    deepspeed = bool(values.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    deepspeed = uses_deepspeed(library)
+    # With use_cpu accelerate would leave DeepSpeed aside without a word; it finds the CPU by itself.
+    values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed, **fixed}
     # Without autocast the weights' own bfloat16 is used throughout; DeepSpeed reads its precision from this switch.
     values["bf16"] = precision == "bf16" and (deepspeed or not args.model.pure_bf16)
     values["fp16"] = precision == "fp16"

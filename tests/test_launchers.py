@@ -488,6 +488,15 @@ def test_a_newer_interpreter_is_found_beside_an_old_python3(tree):
     assert line.startswith("python3.13 ")
 
 
+def test_a_python_of_3_11_is_preferred_to_one_of_3_10(tree):
+    old = f'#!/bin/sh\ncase "$*" in *"(3, 11)"*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n'
+    for name in ("python3", "python"):
+        write_file(tree / "bin" / name, old, executable=True)
+    variables = {"PYTHON": "", "PATH": f"{tree / 'bin'}:/bin", "PYTHONPATH": installed(tree)}
+    write_file(tree / "bin/python3.11", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', executable=True)
+    assert dry_run(tree, **variables).startswith("python3.11 ")
+
+
 def test_the_active_environment_is_used_before_python3(tree):
     write_file(tree / "env/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', executable=True)
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
