@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-VERSION = 1  # to be raised when the recipe below changes, so that no old cache is taken for the new model
+VERSION = 2  # to be raised when the recipe below changes, so that no old cache is taken for the new model
 VOCABULARY_SIZE = 5120
+HIDDEN_SIZE = 256
 SEED = 42
 END_OF_TEXT, PAD, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
@@ -124,13 +125,16 @@ def _write_model(directory: Path, chat_template: str) -> int:
     end, pad, turn_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, PAD, TURN_END])
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
-        hidden_size=256,
+        hidden_size=HIDDEN_SIZE,
         intermediate_size=704,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        # Llama's 0.02 is meant for widths of thousands; at this one it learns visibly slower (loss 6.0 against 5.1
+        # after 175 steps on the samples).
+        initializer_range=HIDDEN_SIZE**-0.5,
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=pad,

@@ -291,7 +291,9 @@ def run_stage(
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
     if trainer.eval_dataset is not None:
-        record["evaluation"] = trainer.evaluate()
+        # The trainer may have evaluated after the last step already.
+        done = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
+        record["evaluation"] = done[-1] if done else trainer.evaluate()
     if config.do_train:
         save_result(trainer, output, stop_token_ids)
         adapter = output / "adapter_model.safetensors"
