@@ -16,7 +16,7 @@ Variables (all optional):
   NUM_PROCESSES    processes on this machine; default: one for each visible GPU, one without GPUs
   CUDA_VISIBLE_DEVICES   which GPUs; empty for none
   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT   several machines: the same command on each, with its rank
-  PYTHON           interpreter to use instead of the active one; 3.10 or newer
+  PYTHON           interpreter to use instead of the active one; 3.11 or newer
   SETUP=skip       use that interpreter as it is: no check of its packages, nothing installed
   WHEELHOUSE       folder of wheels to install from, without a network (fill it by: pip wheel -r requirements.txt -w DIR)
   TORCH_INDEX_URL  package index for torch alone, for another build: https://download.pytorch.org/whl/cu126, .../cpu
@@ -41,26 +41,22 @@ wants_help() {
 
 # --- The interpreter
 
-# runs_python INTERPRETER MINOR: does it run, and is it Python 3.MINOR or newer?
-runs_python() { "$1" -c "import sys; sys.exit(sys.version_info < (3, $2))" >/dev/null 2>&1; }
+runs_python() { "$1" -c "import sys; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; }
 
-# Sets python to the interpreter the user meant: PYTHON, the active environment, or one of 3.10 or newer on PATH (rather
-# 3.11 or newer: the libraries' newest versions no longer serve 3.10).
+# Sets python to the interpreter the user meant: PYTHON, the active environment, or the first one on PATH that is 3.11 or
+# newer (transformers 5.23 and TRL 1.16 do not install on 3.10).
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        runs_python "$PYTHON" 10 || fail "PYTHON=$PYTHON does not run or is older than 3.10"
+        runs_python "$PYTHON" || fail "PYTHON=$PYTHON does not run or is older than 3.11"
         python=$PYTHON
         return
     fi
-    for python in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}"; do
-        if [ -n "$python" ] && runs_python "$python" 10; then return; fi
+    for python in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
+        python3 python python3.13 python3.12 python3.11; do
+        if [ -n "$python" ] && runs_python "$python"; then return; fi
     done
-    for minor in 11 10; do
-        for python in python3 python python3.13 python3.12 python3.11 python3.10; do
-            if runs_python "$python" "$minor"; then return; fi
-        done
-    done
-    fail "found no Python 3.10 or newer on PATH; install one or set PYTHON=/path/to/python3"
+    fail "found no Python 3.11 or newer on PATH; install one (conda create -n suwen python=3.12, or apt install" \
+        "python3.12-venv) or set PYTHON=/path/to/python3"
 }
 
 check_environment() { PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -m suwen.check_environment "$@"; }

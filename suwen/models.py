@@ -46,14 +46,7 @@ def is_adapter_dir(path: str | Path) -> bool:
 
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_finished_stage(outputs: str | Path = "outputs", stages: tuple[str, ...] = STAGES) -> str | None:
