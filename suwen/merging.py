@@ -118,6 +118,7 @@ def merge_adapters(
     try:
         try:
             record = _merge(plan, unfinished, dtype, max_shard_size, device, log)
+            record["thinking"] = read_json(Path(plan.adapters[-1]) / "run.json").get("thinking", "auto")
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{plan.base}: does not fit into the GPU's memory ({first_line(error)}); add --use_cpu"

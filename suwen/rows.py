@@ -20,6 +20,10 @@ def fingerprint(tokenizer: Any, **settings: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def carries_reasoning(messages: list[dict[str, Any]]) -> bool:
+    return any(message.get("reasoning_content") for message in messages)
+
+
 class DocumentRows:
     """Pretraining: every token of a document and its EOS; longer ones are split, no token is lost."""
 
@@ -43,14 +47,16 @@ class ConversationRows:
         self.encoder, self.max_length, self.train_on_inputs = encoder, max_length, train_on_inputs
         self.fingerprint = fingerprint(
             encoder.tokenizer,
-            kind="conversation",
+            kind="conversation with thinking",
             thinking=encoder.thinking,
             max_length=max_length,
             train_on_inputs=train_on_inputs,
         )
 
     def __call__(self, row: dict[str, Any]) -> Encoded:
-        return self.encoder.encode_conversation(row["messages"], self.max_length, self.train_on_inputs)
+        rows, counts = self.encoder.encode_conversation(row["messages"], self.max_length, self.train_on_inputs)
+        thinking = carries_reasoning(row["messages"])
+        return [{**encoded, "thinking": thinking} for encoded in rows], counts
 
 
 class PreferenceRows:
@@ -59,7 +65,7 @@ class PreferenceRows:
     def __init__(self, encoder: ChatEncoder, max_length: int) -> None:
         self.encoder, self.max_length = encoder, max_length
         self.fingerprint = fingerprint(
-            encoder.tokenizer, kind="preference", thinking=encoder.thinking, max_length=max_length
+            encoder.tokenizer, kind="preference with thinking", thinking=encoder.thinking, max_length=max_length
         )
 
     def __call__(self, row: dict[str, Any]) -> Encoded:
@@ -68,7 +74,7 @@ class PreferenceRows:
             return [], Counter({"prompt and answer longer than --max_length": 1})
         if pair["chosen_ids"] == pair["rejected_ids"]:
             return [], Counter({"chosen and rejected have the same tokens": 1})
-        return [pair], Counter()
+        return [{**pair, "thinking": carries_reasoning(row["chosen"])}], Counter()
 
 
 def rows_of_pair(pair: dict[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

@@ -88,7 +88,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
     group.add_argument("--system_prompt", default="", metavar="TEXT", help="system prompt (default: none)")
     group.add_argument(
-        "--thinking", choices=tuple(THINKING), default="auto", help="thinking, where the template can (default: auto)"
+        "--thinking",
+        choices=tuple(THINKING),
+        default="auto",
+        help="thinking, where the template can (default: auto, as trained)",
     )
     group.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
     group.add_argument(
@@ -199,7 +202,18 @@ def load_served(args: argparse.Namespace) -> Served:
     check_vocabulary(model, tokenizer)
     model.eval()
     say(f"model: {' + '.join(names)} ({device}, {dtype if args.quantization == 'none' else args.quantization})")
-    return Served(model, ChatEncoder(tokenizer, THINKING[args.thinking]), names, model_window(model))
+    thinking = trained_thinking(names[-1]) if args.thinking == "auto" else args.thinking
+    return Served(model, ChatEncoder(tokenizer, THINKING[thinking]), names, model_window(model))
+
+
+def trained_thinking(path: str) -> str:
+    """The thinking mode of the prompts that a model was trained on, where its folder says so and they all had one."""
+    from suwen.models import read_json
+
+    for record in ("run.json", "merge.json"):
+        if (mode := read_json(Path(path) / record).get("thinking")) in ("on", "off"):
+            return mode
+    return "auto"
 
 
 def find_default_model() -> str:

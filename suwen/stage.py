@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainerCallback
@@ -167,6 +168,14 @@ LEARNING = {
 }  # fmt: skip
 
 
+def trained_thinking(train: Any, thinking: str) -> str:
+    """Whether the prompts that were trained ask for thinking: on, off, or mixed; serving goes by it."""
+    if thinking != "auto" or "thinking" not in train.column_names:
+        return thinking
+    share = pyarrow.compute.mean(train.data.column("thinking").cast("int8")).as_py()
+    return "on" if share == 1 else "off" if share == 0 else "mixed"
+
+
 def planned_steps(trainer: Any) -> int:
     config = trainer.args
     if config.max_steps > 0:
@@ -255,6 +264,7 @@ def run_stage(
         },
         "start": start,
         "max_length": args.data.max_length,
+        "thinking": trained_thinking(data.train, args.data.thinking),
         "lineage": describe_lineage(start),
         "data": data.report.to_dict(),
         "versions": versions(),

@@ -170,6 +170,43 @@ def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization
     assert not (tmp_path / "dpo" / "ref").exists()
 
 
+def test_modules_to_save_are_trained_in_full_and_come_back(base, tmp_path):
+    flags = ["--use_peft", "--modules_to_save", "embed_tokens,lm_head", "--learning_rate", "1e-2", "--max_steps", "2"]
+    record = run_stage("sft", base, tmp_path, *flags)
+    assert record["trained_dtype"] == ["float32"]
+    start, trained = (load_causal_lm(path) for path in (base, str(tmp_path / "sft")))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert (start.get_parameter(name) - trained.get_parameter(name)).abs().max() > 1e-4
+
+
+def test_rope_scaling_is_written_so_that_the_model_comes_back_with_it(base, tmp_path):
+    run_stage("sft", base, tmp_path, "--max_steps", "1", "--rope_scaling", "linear", "--max_length", "1024")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").config
+    assert config.rope_parameters["rope_type"] == "linear" and config.rope_parameters["factor"] == 2.0
+    assert config.rope_parameters["rope_theta"] and config.max_position_embeddings == 1024
+
+
+def test_checkpointing_changes_memory_and_nothing_else(base, tmp_path):
+    losses = []
+    for switch in ("True", "False"):
+        folder = tmp_path / switch
+        folder.mkdir()
+        record = run_stage("sft", base, folder, "--max_steps", "2", "--gradient_checkpointing", switch)
+        losses.append(record["training"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_neftune_adds_noise_in_training_only(base, tmp_path):
+    records = []
+    for alpha in ([], ["--neftune_noise_alpha", "15"]):
+        folder = tmp_path / str(len(alpha))
+        folder.mkdir()
+        flags = ["--max_steps", "1", "--learning_rate", "0", "--warmup_steps", "0", *alpha]
+        records.append(run_stage("sft", base, folder, *flags))
+    assert records[0]["training"]["loss"] != records[1]["training"]["loss"]
+    assert records[0]["evaluation"]["eval_loss"] == records[1]["evaluation"]["eval_loss"]
+
+
 def test_pure_bf16_trains_bfloat16_weights(base, tmp_path):
     record = run_stage("sft", base, tmp_path, "--pure_bf16", "--max_steps", "1")
     assert record["trained_dtype"] == ["bfloat16"]
@@ -279,3 +316,21 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     assert apart < 0.001 * moved
     losses = [json.loads((f / stage / "run.json").read_text())["evaluation"]["eval_loss"] for f in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_serving_asks_for_thinking_as_the_training_did(base, tmp_path):
+    import argparse
+
+    from suwen.serving import load_served
+
+    folder = tmp_path / "thinking-base"
+    tokenizer = tiny_tokenizer(special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=TEMPLATES["qwen3"].jinja)
+    tokenizer.save_pretrained(folder)
+    tiny_model(tokenizer).save_pretrained(folder)
+    record = run_stage("sft", str(folder), tmp_path, "--max_steps", "1")
+    assert record["thinking"] == "off", "no answer of the data carries reasoning"
+    flags = {"base_model": str(tmp_path / "sft"), "lora_model": None, "tokenizer_path": None, "template_name": "auto"}
+    flags |= {"use_cpu": True, "gpus": None, "dtype": "float32", "quantization": "none", "thinking": "auto"}
+    served = load_served(argparse.Namespace(**flags))
+    prompt = served.encoder.encode_prompt([{"role": "user", "content": QUESTIONS[0]}])
+    assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
