@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,16 +287,18 @@ def run_stage(
     if config.do_train:
         steps = planned_steps(trainer)
         say(f"{steps} optimiser steps over {len(trainer.train_dataset):,} sequences to come")
-        began = time.monotonic()
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        tokens = getattr(trainer, "_total_train_tokens", 0)
+        tokens = trainer._total_train_tokens
+        resumed_step = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else -1
+        evaluating = sum(e.get("eval_runtime", 0) for e in trainer.state.log_history if e["step"] > resumed_step)
+        seconds = result.metrics["train_runtime"] - evaluating
         record["training"] = {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "loss": result.training_loss,
             "tokens": tokens,
-            "seconds": round(time.monotonic() - began, 2),
-            "tokens_per_second": round(tokens / max(result.metrics.get("train_runtime", 0.0), 1e-9), 1),
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
     if trainer.eval_dataset is not None:
