@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "precompute_ref_log_probs": not args.lora.use_peft,
         "per_device_eval_batch_size": 4,
     }
-    config = stage.training_config(args, DPOConfig, library, precision, defaults, max_length=None)
+    config = stage.training_config(args, DPOConfig, library, precision, defaults, data, max_length=None)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
 

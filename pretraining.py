@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model: base weights, quantised if asked, adapters on top
     defaults = {"learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE, "num_train_epochs": 1}
-    config = stage.training_config(args, SFTConfig, library, precision, defaults, max_length=length)
+    config = stage.training_config(args, SFTConfig, library, precision, defaults, data, max_length=length)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
     stage.choose_packing(config, args.data.packing, library, model, tokenizer)

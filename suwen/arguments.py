@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -242,7 +243,11 @@ def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda 
             result += ["--train_sampling_strategy", "group_by_length"] if is_true(values) else []
             continue
         if name == "validation_split_percentage":
-            result += ["--validation_split_fraction", str(float(values[0]) / 100)]
+            try:
+                result += ["--validation_split_fraction", str(float(values[0]) / 100)]
+            except (IndexError, ValueError):
+                found = " ".join(values) or "nothing"
+                raise ValueError(f"--{name}: found {found}, expected a number, 0 to below 100") from None
             continue
         if name in SETTLED:
             expected, reason = SETTLED[name]
@@ -345,6 +350,9 @@ def parse_stage_arguments(
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
+    if "LOCAL_RANK" not in os.environ:
+        # One process trains on one GPU; the library would split each batch over all that it sees (DataParallel)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     words = translate_old_flags(argv, notice=lambda line: print(f"note: {line}", file=sys.stderr))
     ours = build_parser(description, *classes)
     namespace, rest = ours.parse_known_args(words)
@@ -384,6 +392,8 @@ def parse_library_flags(words: list[str], config_class: type) -> dict[str, Any]:
     parser.error = OneLineParser.error.__get__(parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+        if getattr(action.type, "__name__", "") == "string_to_bool":
+            action.nargs, action.const = "?", True  # a bare --bf16 means yes, also where the default is None
     parser._defaults.clear()
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
@@ -398,12 +408,18 @@ def parse_library_flags(words: list[str], config_class: type) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a user's mistake (ValueError) becomes one line on stderr and exit code 2."""
+    """Run a script's main: a user's mistake (ValueError) becomes one line on stderr and exit code 2.
+
+    Of several processes that meet the same mistake the first one tells it: the launcher ends the others while they
+    wait. A mistake that only another rank meets is told by that one.
+    """
     try:
         main()
     except ValueError as error:
         if os.environ.get("SUWEN_TRACEBACK"):
             raise
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(5)
         line = " ".join(str(error).split())
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)

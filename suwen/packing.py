@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,10 +38,15 @@ def gathered_module_by_module(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def document_influence(model: Any, vocabulary_size: int, length: int = 24) -> float:
+def document_influence(
+    model: Any, vocabulary_size: int, length: int = 24, autocast: torch.dtype | None = None
+) -> float:
     """How far another first document moves the logits of the second one in the same packed sequence.
 
     The batch is built by the collator that training uses: positions restart, no attention mask, no cache.
+
+    Args:
+        autocast: precision of the training, where it runs in mixed precision.
 
     Returns:
         Largest change of a logit, as a fraction of the logits' standard deviation. 0 where documents are isolated;
@@ -59,7 +65,8 @@ def document_influence(model: Any, vocabulary_size: int, length: int = 24) -> fl
         batch = collate([{"input_ids": start + second, "seq_lengths": [length, length]}])
         batch.pop("labels")
         batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        with gathered_module_by_module(model) if is_deepspeed_zero3_enabled() else nullcontext():
+        gather = gathered_module_by_module(model) if is_deepspeed_zero3_enabled() else nullcontext()
+        with gather, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits.append(model(**batch, use_cache=False).logits[0, length:].float())
     model.train(training)
     spread = logits[0].std().clamp(min=1e-6)
@@ -70,12 +77,25 @@ def document_influence(model: Any, vocabulary_size: int, length: int = 24) -> fl
 INFLUENCE_LIMIT = 0.1
 
 
-def packing_problem(model: Any, vocabulary_size: int) -> str | None:
-    """Why this model cannot be trained on packed rows, or None."""
+def packing_problem(model: Any, vocabulary_size: int, config: Any) -> str | None:
+    """Why this model cannot be trained on packed rows, or None; the same answer on every rank.
+
+    Args:
+        config: the trainer's configuration; the probe runs on its device and in its precision.
+    """
+    problem = None
+    placed = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if not placed and not getattr(model, "is_quantized", False):
+        model.to(config.device)  # the trainer would do it a moment later
+    autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     try:
-        influence = document_influence(model, vocabulary_size)
+        influence = document_influence(model, vocabulary_size, autocast=autocast)
+        if influence > INFLUENCE_LIMIT or influence != influence:
+            problem = f"in one sequence a document moves the next one's logits by {influence:.2g} of their spread"
     except (TypeError, RuntimeError, NotImplementedError, IndexError) as error:
-        return f"the two-document probe failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-    if influence > INFLUENCE_LIMIT or influence != influence:
-        return f"in one sequence a document moves the next one's logits by {influence:.2g} of their spread"
-    return None
+        problem = f"the two-document probe failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    if torch.distributed.is_initialized():
+        answer = [problem]  # under FSDP only the first rank holds the weights
+        torch.distributed.broadcast_object_list(answer, src=0)
+        problem = answer[0]
+    return problem

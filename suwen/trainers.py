@@ -6,28 +6,46 @@ import math
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer, SFTTrainer
 
 
-def train_in_float32(trainer: Any) -> None:
-    """Keep what is trained in float32: TRL casts QLoRA adapters to bfloat16, where small updates are lost.
+class Float32Training(Trainer):
+    """Keeps what is trained in float32, and never goes past the last step.
 
-    DeepSpeed keeps float32 masters of its own and wants one dtype per model, so nothing is changed there.
+    TRL casts QLoRA adapters to bfloat16, where small updates are lost. DeepSpeed keeps float32 masters of its own and
+    wants one dtype per model, so nothing is changed there.
     """
-    if not trainer.is_deepspeed_enabled:
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
+
+    def __init__(self, *, model: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
+        # An adapter that goes on training must start as it is, not rounded to bfloat16
+        given = {
+            name: p.data.clone()
+            for name, p in model.named_parameters()
+            if isinstance(model, PeftModel) and p.requires_grad and p.dtype == torch.float32
+        }
+        super().__init__(model=model, **kwargs)
+        if pure_bf16 or self.is_deepspeed_enabled:
+            return
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+                p.data = given[name].to(p.device) if name in given else p.data.float()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of the last step leaves nothing to train: the library would take one step more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
 
-class LanguageModelTrainer(SFTTrainer):
+class LanguageModelTrainer(Float32Training, SFTTrainer):
     """Next-token training on rows of input_ids and labels; evaluation averages over tokens, not over batches."""
 
-    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not pure_bf16:
-            train_in_float32(self)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self._sums: list[torch.Tensor] = []
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -55,13 +73,8 @@ class LanguageModelTrainer(SFTTrainer):
         return output
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(Float32Training, DPOTrainer):
     """DPO (Rafailov et al. 2023, arXiv:2305.18290) on rows of prompt_ids, chosen_ids and rejected_ids."""
-
-    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not pure_bf16:
-            train_in_float32(self)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset

@@ -162,13 +162,13 @@ def test_a_quantised_base_trains_its_adapter_in_float32(tmp_path, quantization):
     assert losses[-1] < losses[0]
 
 
-def test_the_probe_finds_a_model_that_mixes_documents():
+def test_the_probe_finds_a_model_that_mixes_documents(tmp_path):
     torch.manual_seed(0)
     assert document_influence(tiny_model(tiny_tokenizer()), VOCABULARY) == 0.0
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4))
     for parameter in bloom.parameters():  # Bloom's initial weights are so small that nothing moves anything
         parameter.data.normal_(std=0.3)
-    problem = packing_problem(bloom, VOCABULARY)
+    problem = packing_problem(bloom, VOCABULARY, settings(SFTConfig, tmp_path))
     assert problem and "moves the next one's logits" in problem
 
 
