@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from suwen.encoding import apply_template
+from suwen.head import add_scoring_head
 from suwen.lineage import (
     adapter_base,
     adapter_shapes,
@@ -300,9 +301,16 @@ def load_for_training(path: str, model_args: Any, lora: Any, precision: str, max
     device = None
     if model_args.quantization != "none":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return load_causal_lm(
+    model = load_causal_lm(
         path, dtype, model_args.quantization, device, model_args.attn_implementation, config, trainable=True
     )
+    add_scoring_head(without_adapter(model))
+    return model
+
+
+def without_adapter(model: Any) -> Any:
+    """The model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def lora_config(lora: Any, model: Any) -> LoraConfig | None:

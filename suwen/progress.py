@@ -49,7 +49,7 @@ class RefuseNonFinite(TrainerCallback):
 
 # What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.
 SHOWN = {
-    "loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity", "mean_token_accuracy": "accuracy",
+    "loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity", "token_accuracy": "accuracy",
     "eval_token_accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin",
     "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "margin", "grad_norm": "gradient",
     "learning_rate": "rate",

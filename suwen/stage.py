@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute
 import torch
-from transformers import GenerationConfig, PrinterCallback, ProgressCallback
+from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
+from suwen import attention
 from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference
 from suwen.lineage import (
@@ -25,8 +25,8 @@ from suwen.lineage import (
     is_adapter_dir,
     read_json,
 )
-from suwen.models import compute_precision, load_config, positions_of
-from suwen.packing import packing_problem
+from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.probe import packing_problem
 from suwen.progress import (
     RefuseNonFinite,
     StageLines,
@@ -70,8 +70,7 @@ FREE_TO_CHANGE = {
 # The library's arguments, beside those in COMMON, that do.
 LEARNING = {
     "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "beta", "loss_type",
-    "loss_weights", "label_smoothing", "label_smoothing_factor", "packing",
+    "adam_beta2", "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "train_sampling_strategy",
 }  # fmt: skip
 
 
@@ -120,13 +119,11 @@ def thinking_mode(thinking: str) -> bool | None:
 
 def training_config(
     args: StageArguments,
-    config_class: type,
     library: dict[str, Any],
     precision: str,
     defaults: dict[str, Any],
     data: PreparedData,
-    **fixed: Any,
-) -> Any:
+) -> TrainingArguments:
     """The library's config object: common defaults, then the stage's, then what the user gave, then what must be.
 
     Building it starts the process group, so everything that can take long is done before.
@@ -135,7 +132,7 @@ def training_config(
     values: dict[str, Any] = {**COMMON, "gradient_checkpointing": not cpu, **defaults, **library}
     deepspeed = uses_deepspeed(library)
     # With use_cpu accelerate would leave DeepSpeed aside without a word; it finds the CPU by itself.
-    values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed, **fixed}
+    values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed}
     # Without autocast the weights' own bfloat16 is used throughout; DeepSpeed reads its precision from this switch.
     values["bf16"] = precision == "bf16" and (deepspeed or not args.model.pure_bf16)
     values["fp16"] = precision == "fp16"
@@ -151,18 +148,37 @@ def training_config(
     if data.validation is None or library.get("do_eval") is False:
         values["eval_strategy"] = "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = args.run.logging_dir or str(Path(args.run.output_dir) / "tensorboard")
-    return config_class(**values)
+    return TrainingArguments(**values)
 
 
-def choose_packing(config: Any, wanted: bool, library: dict[str, Any], model: Any, tokenizer: Any) -> None:
-    """Pack rows where the model keeps them apart; otherwise pad them, grouped by length, and say why."""
-    problem = packing_problem(model, len(tokenizer), config) if wanted else "--packing False"
-    config.packing = problem is None
-    if problem is None:
-        config.per_device_eval_batch_size = 1  # packed sequences of a batch are joined into one: count them one by one
-    else:
-        config.train_sampling_strategy = library.get("train_sampling_strategy", "group_by_length")
-        say(f"packing off: {problem}")
+def choose_packing(
+    args: StageArguments, config: Any, model: Any, tokenizer: Any, pairs: bool = False
+) -> dict[str, bool]:
+    """Find out how rows can be computed together, and say so: packed, one behind another, or padded.
+
+    Attention segment by segment comes first (`suwen.attention`); where a model cannot have it, its own attention with
+    restarting positions, which keeps rows apart in many models, though not the two answers of a pair.
+
+    Returns:
+        The trainer's `packing` and `padding`.
+    """
+    base = without_adapter(model)
+    own = base.config._attn_implementation
+    problem: str | None = "--attn_implementation"
+    if args.model.attn_implementation is None:
+        try:
+            base.set_attn_implementation(attention.NAME)
+            problem = packing_problem(model, len(tokenizer), config, pairs)
+        except (ValueError, NotImplementedError) as error:
+            problem = first_line(error)
+    if problem:
+        base.set_attn_implementation(own)
+        problem = packing_problem(model, len(tokenizer), config, pairs)
+    if problem:
+        say(f"packing off: {problem}; rows are padded, grouped by length")
+    elif not args.data.packing:
+        say("packing off: --packing False")
+    return {"packing": args.data.packing and problem is None, "padding": problem is not None}
 
 
 def identity(
@@ -173,8 +189,8 @@ def identity(
     values["weights of the start"] = " + ".join(
         (link.get("fingerprint") or link.get("sha256") or "")[:16] for link in lineage
     )
-    for part in (args.model, args.data, args.lora):
-        values |= dataclasses.asdict(part)
+    for part in (args.model, args.data, args.lora, args.own):
+        values |= dataclasses.asdict(part) if part else {}
     values |= {
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in COMMON or f.name in LEARNING
     }
@@ -184,6 +200,13 @@ def identity(
         for k, v in values.items()
         if k not in FREE_TO_CHANGE
     }
+
+
+def reference_key(args: StageArguments, start: str, config: Any, data: PreparedData) -> str:
+    """What decides the log-probabilities of a start, cheap to know and safe: hashes of weights and data, precision."""
+    values = identity(args, start, describe_lineage(start), config, data)
+    names = ("weights of the start", "data", "quantization", "dtype", "rope_scaling", "max_length", "bf16", "fp16")
+    return str([values[name] for name in names] + [args.model.attn_implementation])
 
 
 def trained_thinking(train: Any, thinking: str) -> str:
@@ -282,6 +305,7 @@ def describe_run(
             **dataclasses.asdict(args.model),
             **dataclasses.asdict(args.data),
             **dataclasses.asdict(args.lora),
+            **(dataclasses.asdict(args.own) if args.own else {}),
             "library": without_secrets(config.to_sanitized_dict()),
         },
         "start": start,
@@ -302,11 +326,15 @@ def describe_run(
 
 def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
     """Train to the last step and say what that took; time and speed are those since the checkpoint, if there is one."""
-    say(f"{planned_steps(trainer)} optimiser steps over {len(trainer.train_dataset):,} sequences to come")
+    packs = trainer.train_dataset
+    say(
+        f"{planned_steps(trainer)} optimiser steps to come, over {len(packs.rows):,} rows in {len(packs):,} sequences"
+        f" of {packs.tokens / len(packs):,.0f} tokens on average"
+    )
     resumed = checkpoint_step(checkpoint) if checkpoint else -1
-    before = trainer._total_train_tokens = tokens_seen(checkpoint) if checkpoint else 0
+    before = read_json(checkpoint / "trainer_state.json")["num_input_tokens_seen"] if checkpoint else 0
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = trainer.state.log_history
+    tokens, history = trainer.state.num_input_tokens_seen, trainer.state.log_history
     evaluating = sum(entry.get("eval_runtime", 0) for entry in history if entry["step"] > resumed)
     seconds = result.metrics["train_runtime"] - evaluating
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -314,16 +342,11 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "loss": result.training_loss if trainer.state.global_step > resumed else losses[-1],
-        "tokens": trainer._total_train_tokens,
+        "tokens": tokens,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round((trainer._total_train_tokens - before) / max(seconds, 1e-9), 1),
+        "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
         "resumed_from": str(checkpoint) if checkpoint else None,
     }
-
-
-def tokens_seen(checkpoint: Path) -> int:
-    history = read_json(checkpoint / "trainer_state.json").get("log_history", [])
-    return int(max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0))
 
 
 def require_finite_weights(trainer: Any) -> None:
@@ -376,8 +399,6 @@ def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:
     trainer.model.config.use_cache = True  # switched off for training only
     trainer.save_model(str(output))
     if main_process():
-        # The frozen copy of a quantised adapter was the reference of this run
-        shutil.rmtree(output / "ref", ignore_errors=True)
         umask = os.umask(0)
         os.umask(umask)
         for weights in output.glob("*.safetensors"):  # written for the owner alone: give them the usual permissions

@@ -165,7 +165,9 @@ def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization
     record = run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora)
     assert record["trained_dtype"] == ["float32"]
     history = json.loads((tmp_path / "dpo" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "the reference is the adapter as it was"
+    # LLM.int8 has another kernel for inference than for training
+    tolerance = 1e-5 if quantization == "4bit" else 1e-4
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=tolerance), "the reference is the adapter as it was"
     first, second = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
     assert first.keys() == second.keys()
     assert any((first[key] != second[key]).any() for key in first)
