@@ -76,23 +76,24 @@ def varlen_attention(
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return output[None], None
-    starts, key_starts = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
+    lengths, key_lengths = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+    # split, not slices: the gradient of each slice would be a tensor of the whole row's size
+    parts = zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
     pieces = []
-    for begin, end, key_begin, key_end in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
-        length, key_length = end - begin, key_end - key_begin
+    for q, k, v in parts:
         mask = None
-        if key_length != length or (sliding_window is not None and sliding_window < key_length):
-            mask = window_mask(length, key_length, sliding_window, query.device)
+        if q.shape[2] != k.shape[2] or (sliding_window is not None and sliding_window < k.shape[2]):
+            mask = window_mask(q.shape[2], k.shape[2], sliding_window, q.device)
         pieces.append(
             scaled_dot_product_attention(
-                query[:, :, begin:end],
-                key[:, :, key_begin:key_end],
-                value[:, :, key_begin:key_end],
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
                 scale=scaling,
-                enable_gqa=key.shape[1] != query.shape[1],
+                enable_gqa=k.shape[1] != q.shape[1],
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2), None

@@ -1,0 +1,246 @@
+"""Training speed and memory, side by side with what a user would pick instead.
+
+    python -m benchmarks.training --task sft --rounds 3
+    python -m benchmarks.training --task dpo --vocabulary 151936
+
+Every contender trains the same random model on the same rows, with as many rows an optimiser step, in a process of its
+own; rounds alternate between the contenders, and the table gives medians and ratios. `useful` tokens are those of the
+rows (for pairs: prompt and both answers, once each); padding and repeated prompts do not count. Row lengths are drawn
+like those of medical questions and dialogues: many short answers, a long tail.
+
+    suwen        this project: packed by best fit, attention by segments, no logits
+    trl best     TRL's trainer at its best settings: packed (bfd) for SFT and PT, precomputed reference for DPO
+    trl          TRL's trainer with its defaults
+    padded       transformers' Trainer on padded batches with checkpointing, as MedicalGPT's scripts run it (SFT, PT)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+CONTENDERS = {"sft": ("suwen", "trl best", "trl", "padded"), "pt": ("suwen", "trl best", "trl", "padded")}
+CONTENDERS["dpo"] = ("suwen", "trl best", "trl")
+ROWS_PER_STEP = 16
+
+
+def build_model(vocabulary: int, dtype: Any) -> Any:
+    """A random Qwen2 of 25.7 million parameters beside its tied embedding, as in the peers' measurement."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).to(dtype)
+
+
+def draw_rows(task: str, count: int, vocabulary: int, longest: int) -> list[dict[str, list[int]]]:
+    """Seeded rows of random tokens, of lengths like real ones."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+
+    def tokens(length: float) -> list[int]:
+        return random.integers(10, vocabulary, int(length)).tolist()
+
+    rows = []
+    for _ in range(count):
+        prompt = tokens(np.clip(random.lognormal(3.7, 0.7), 8, longest // 2))
+        answer = tokens(np.clip(random.lognormal(4.7, 0.8), 8, longest - len(prompt)))
+        if task == "dpo":
+            prompt = tokens(np.clip(random.lognormal(5.0, 0.6), 16, longest // 2))
+            chosen = tokens(np.clip(random.lognormal(4.2, 0.7), 8, longest - len(prompt)))
+            rejected = tokens(np.clip(random.lognormal(4.2, 0.7), 8, longest - len(prompt)))
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        elif task == "pt":
+            rows.append({"input_ids": prompt + answer, "labels": prompt + answer})
+        else:
+            rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return rows
+
+
+def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Train one epoch (two for pairs) and say how long it took; runs in a process of its own."""
+    began = time.perf_counter()
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+    from suwen.models import compute_precision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = compute_precision({})
+    rows = draw_rows(given.task, given.rows, given.vocabulary, given.longest)
+    data = Dataset.from_list(rows)
+    useful = sum(len(ids) for row in rows for name, ids in row.items() if name != "labels")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    lora = None
+    if given.method == "lora":
+        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    frozen = torch.bfloat16 if precision == "bf16" and lora else torch.float32
+    model = build_model(given.vocabulary, frozen)
+    folder = tempfile.mkdtemp()
+    epochs = 2 if given.task == "dpo" else 1
+    common: dict[str, Any] = {
+        "output_dir": folder, "report_to": [], "save_strategy": "no", "logging_steps": 10, "seed": 1,
+        "learning_rate": 1e-4, "num_train_epochs": epochs, "disable_tqdm": True, "use_cpu": device == "cpu",
+        "bf16": precision == "bf16", "fp16": precision == "fp16", "gradient_checkpointing": False,
+    }  # fmt: skip
+    marks: dict[str, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            marks.setdefault("first_step", time.perf_counter() - began)
+
+    def batch(size: int) -> dict[str, int]:
+        return {"per_device_train_batch_size": size, "gradient_accumulation_steps": ROWS_PER_STEP // size}
+
+    start = time.perf_counter()  # packing and a reference pass belong to the training
+    if contender == "suwen":
+        from suwen import attention
+        from suwen.arguments import PreferenceArguments
+        from suwen.head import add_scoring_head
+        from suwen.trainers import LanguageModelTrainer, PairTrainer
+
+        add_scoring_head(model)
+        model.set_attn_implementation(attention.NAME)
+        rows_a_pack = max(1, round(given.longest * len(rows) / useful))
+        steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, ROWS_PER_STEP // rows_a_pack)}
+        cls: Any = PairTrainer if given.task == "dpo" else LanguageModelTrainer
+        options = {"settings": PreferenceArguments()} if given.task == "dpo" else {}
+        trainer = cls(
+            model=model, args=TrainingArguments(**common, **steps), train_dataset=data, eval_dataset=None,
+            processing_class=tokenizer, max_length=given.longest, peft_config=lora, **options,
+        )  # fmt: skip
+    elif given.task == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        class EncodedDPO(DPOTrainer):
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset
+
+        common["gradient_checkpointing"] = contender == "trl"
+        config = DPOConfig(**common, **batch(4), max_length=None, precompute_ref_log_probs=contender == "trl best")
+        trainer = EncodedDPO(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+    elif contender.startswith("trl"):
+        from trl import SFTConfig, SFTTrainer
+
+        packed = (
+            {"packing": True, "max_length": given.longest} if contender == "trl best" else {"max_length": given.longest}
+        )
+        common["gradient_checkpointing"] = contender == "trl"
+        rows_a_pack = max(1, round(given.longest * len(rows) / useful))
+        steps = batch(4)
+        if contender == "trl best":
+            steps = {
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": max(1, ROWS_PER_STEP // rows_a_pack),
+            }
+        trainer = SFTTrainer(
+            model=model, args=SFTConfig(**common, **steps, **packed), train_dataset=data, processing_class=tokenizer,
+            peft_config=lora,
+        )  # fmt: skip
+    else:
+        from peft import get_peft_model
+        from transformers import DataCollatorForSeq2Seq
+
+        common["gradient_checkpointing"] = True
+        if lora is not None:
+            model.enable_input_require_grads()
+            model = get_peft_model(model, lora)
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        trainer = Trainer(
+            model=model, args=TrainingArguments(**common, **batch(4)), train_dataset=data, data_collator=collator,
+            processing_class=tokenizer,
+        )  # fmt: skip
+    trainer.add_callback(Clock())
+    if contender == "suwen" and given.task == "dpo":
+        trainer.compute_reference(Path(folder), "")
+    trainer.train()
+    seconds = time.perf_counter() - start
+    from suwen.records import peak_memory_bytes
+
+    return {
+        "tokens_per_second": epochs * useful / seconds,
+        "peak_bytes": peak_memory_bytes(),
+        "first_step": marks["first_step"],
+        "precision": precision,
+        "losses": [round(e["loss"], 3) for e in trainer.state.log_history if "loss" in e][-1:],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=tuple(CONTENDERS), default="sft")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--longest", type=int, default=1024, help="tokens in a row, and in a pack")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="contenders, comma-separated")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        print("RESULT " + json.dumps(work(given.worker, given)))
+        return
+    names = [n.strip() for n in given.only.split(",")] if given.only else list(CONTENDERS[given.task])
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    words = [f"--{key}={value}" for key, value in vars(given).items() if key not in ("worker", "only", "rounds")]
+    for number in range(given.rounds):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.training", *words, "--worker", name]
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            )
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                print(f"{name}: failed\n{done.stderr[-3000:]}", file=sys.stderr)
+                continue
+            results[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
+            found = results[name][-1]
+            print(
+                f"round {number + 1}  {name:<9} {found['tokens_per_second']:8.0f} tokens/s", file=sys.stderr, flush=True
+            )
+    print_table(given, results)
+
+
+def print_table(given: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    def middle(name: str, key: str) -> float:
+        return statistics.median(run[key] for run in results[name])
+
+    ours = next(iter(results))
+    print(f"\n{given.task}, {given.method}, vocabulary {given.vocabulary:,}, {results[ours][0]['precision']}\n")
+    print("| | useful tokens/s | ratio | peak memory | ratio | first step after |")
+    print("|---|---|---|---|---|---|")
+    for name, runs in results.items():
+        if runs:
+            speed, peak = middle(name, "tokens_per_second"), middle(name, "peak_bytes")
+            print(
+                f"| {name} | {speed:,.0f} | {middle(ours, 'tokens_per_second') / speed:.2f} | {peak / 1e9:.2f} GB | "
+                f"{middle(ours, 'peak_bytes') / peak:.2f} | {middle(name, 'first_step'):.1f} s |"
+            )
+
+
+if __name__ == "__main__":
+    main()
