@@ -18,6 +18,7 @@ import time
 
 from suwen.arguments import run
 from suwen.prompts import AnswerFile, Prompt, folder_state, load_prompts, prompts_sha256, with_system_prompt
+from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (
     Served,
     add_model_flags,
@@ -62,6 +63,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add_model_flags(parser)
     add_sampling_flags(parser)
+    add_retrieval_flags(parser)
     add_removed_flags(parser, {"max_length": "use --max_new_tokens; a prompt may fill the model's window"})
     args = parser.parse_args(argv)
     if args.interactive and args.data_file:
@@ -71,6 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size: found {args.batch_size}, expected at least 1")
     check_serving_flags(args)
+    check_retrieval_flags(args)
     return args
 
 
