@@ -1,1 +1,1 @@
-"""Retrieval: documents to passages, an index on disk, and prompts with numbered passages whose citations are checked."""
+"""Retrieval: documents to passages, an index on disk, prompts with numbered passages, and checked citations."""

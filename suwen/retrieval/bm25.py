@@ -48,7 +48,8 @@ class PostingsBuilder:
         column = np.concatenate(columns)
         passage = np.concatenate([passages for _, passages, _ in self.postings])
         count = np.concatenate([counts for _, _, counts in self.postings])
-        self.terms, self.postings, columns = [], [], []
+        del columns
+        self.terms, self.postings = [], []  # so that no copy is held while they are sorted
         order = np.argsort(column, kind="stable")  # the blocks follow each other, so passages stay in order
         column, passage, count = column[order], passage[order], count[order]
         frequency = np.bincount(column, minlength=len(vocabulary))

@@ -21,7 +21,9 @@ def _require_folder(path: str, flag: str) -> None:
 
 def model_fingerprint(path: str) -> str:
     """sha256 over the files that decide what a model gives."""
-    files = [file for file in sorted(Path(path).rglob("*")) if file.suffix in (".safetensors", ".json", ".txt", ".model")]
+    files = [
+        file for file in sorted(Path(path).rglob("*")) if file.suffix in (".safetensors", ".json", ".txt", ".model")
+    ]
     return "".join(hash_file(file)[:16] for file in files)
 
 

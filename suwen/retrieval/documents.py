@@ -8,7 +8,7 @@ from typing import Any
 
 from suwen.readers import BOOK_HEADING, SUFFIXES, Refusal, detect_encoding, file_kind, open_text, read_records
 from suwen.retrieval.office import Unreadable, read_pages
-from suwen.retrieval.passages import Section, heading_of
+from suwen.retrieval.passages import Section
 
 MARKDOWN_KINDS = (".md", ".markdown")
 OFFICE_KINDS = (".pdf", ".docx")
@@ -16,7 +16,20 @@ DOCUMENT_SUFFIXES = (*SUFFIXES, *MARKDOWN_KINDS, *OFFICE_KINDS)
 LARGEST_FILE_BYTES = 512 << 20
 TITLE_CHARACTERS = 60
 
-TITLES = ("title", "name", "标题", "名称", "题目", "药品名称", "通用名称", "药品", "疾病名称", "疾病", "drug", "disease")
+TITLES = (
+    "title",
+    "name",
+    "标题",
+    "名称",
+    "题目",
+    "药品名称",
+    "通用名称",
+    "药品",
+    "疾病名称",
+    "疾病",
+    "drug",
+    "disease",
+)
 TEXTS = ("text", "content", "正文", "内容")
 QUESTIONS = ("question", "问", "问题", "ask", "query")
 ANSWERS = ("answer", "答", "回答", "response", "output")
@@ -115,9 +128,7 @@ def _record_sections(file: Path, name: str) -> Iterator[Section | Refusal]:
     facts: dict[str, dict[str, list[str]]] = {}  # of triples: head -> relation -> tails
     for record in read_records(file, encoding):
         if isinstance(record, Refusal):
-            yield Refusal(
-                record.where.replace(str(file), name), record.reason, record.message.replace(str(file), name)
-            )
+            yield Refusal(record.where.replace(str(file), name), record.reason, record.message.replace(str(file), name))
             continue
         where, row = record
         where = where.replace(str(file), name)
@@ -165,9 +176,7 @@ def _record_section(row: Any, where: str) -> Section | Refusal:
         title = fields[title_key] if title_key else _title_of(text) or text.strip()[:20]
         return Section(where, _one_line(title), text)
     if question and answer:
-        return Section(
-            where, _one_line(fields[question]), f"问：{fields[question]}\n答：{fields[answer]}", record=True
-        )
+        return Section(where, _one_line(fields[question]), f"问：{fields[question]}\n答：{fields[answer]}", record=True)
     shown = {key: text for key, text in fields.items() if not key.startswith("_") and key.lower() not in UNTOLD}
     if not shown:
         return _refuse(where, "no text in it", f"found the keys {', '.join(map(str, row)) or '(none)'}, expected text")

@@ -1,7 +1,7 @@
 """Build an index of passages on disk; files that did not change are not read again.
 
-    index.json              settings, files with their hashes, counts; written last, so that it never tells of less
-    passages-<hash>/        one build: passages.jsonl, offsets.npy, BM25's arrays, embeddings.npy where asked for
+index.json              settings, files with their hashes, counts; written last, so that it never tells of less
+passages-<hash>/        one build: passages.jsonl, offsets.npy, BM25's arrays, embeddings.npy where asked for
 """
 
 from __future__ import annotations

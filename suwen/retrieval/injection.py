@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 
-from suwen.retrieval.terms import normalise
+from suwen.retrieval.terms import HAN, normalise
 
 # Invisible characters hide a text from people who check a source; soft hyphens and BOMs are common in honest files.
 HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\U000e0000-\U000e007f]")
+SPACED = re.compile(f"(?<=[{HAN}])[ \t]+(?=[{HAN}])")  # 忽 略 以 上
 FORGED = re.compile(
     r"<\|[^|<>\n]{1,40}\|?>|</?s>|\[/?inst\]|<</?sys>>|<[^|<>\n]{0,2}\|[^<>\n]{1,40}\|>|</?\s*资料\s*>"
     r"|</?(?:think|system|user|assistant|tool_call|start_of_turn|end_of_turn)>|##\s*(?:instruction|response|system)\s*:"
@@ -38,7 +39,7 @@ LURE = re.compile(r"!\[[^\]\n]*\]\(\s*(?:https?:)?//|<\s*(?:script|iframe|img|ob
 
 def suspicious(text: str) -> list[str]:
     """Reasons to distrust a passage, in a fixed order; none for most."""
-    plain = normalise(HIDDEN.sub("", text))
+    plain = SPACED.sub("", normalise(HIDDEN.sub("", text)))
     found = {
         "hidden characters": HIDDEN.search(text),
         "control tokens": FORGED.search(plain),

@@ -88,11 +88,12 @@ def cut_passages(sections: Iterable[Section], size: int) -> Iterator[Passage]:
     They end at the end of a sentence. Each begins with the last sentence of the one before, where that one was full;
     at a heading nothing is carried over. A record of up to twice `size` stays whole.
     """
-    heading, title = "", None
+    current, title = "", None
     for section in sections:
         if section.title != title or section.record:
-            heading, title = "", section.title
-        for start, end, heading in _cut(section, size, heading):
+            current, title = "", section.title
+        for start, end, heading in _cut(section, size, current):
+            current = heading
             text = section.text[start:end]
             start += len(text) - len(text.lstrip())
             text = text.strip()

@@ -18,7 +18,7 @@ import numpy as np
 VERSION = 1  # to be raised when the same text gives other terms, so that old indexes are built anew
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # PDF and books are wrapped in the middle of a word.
-SPACE_WITHIN_CHINESE = re.compile(f"(?<=[{HAN}])\\s+(?=[{HAN}])")
+WRAP = re.compile(f"(?<=[{HAN}])[ \\t]*\\n[ \\t]*(?=[{HAN}])")
 PAIR = re.compile(f"[{HAN}]{{1,2}}")
 WORD_BIT = 1 << 63
 
@@ -36,7 +36,7 @@ def _word_number(token: str) -> int:
 def normalise(text: str) -> str:
     """Blind to case, width and wrapped lines; half characters (lone surrogates), which jieba refuses, become "?"."""
     text = text.encode("utf-8", errors="replace").decode("utf-8")
-    return SPACE_WITHIN_CHINESE.sub("", unicodedata.normalize("NFKC", text).casefold())
+    return WRAP.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
 def text_terms(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ def text_terms(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     words = np.array([*map(_word_number, chain.from_iterable(tokens))], dtype=np.uint64)
     word_places = np.repeat(order, [*map(len, tokens)])[words != 0]
     codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    places = np.repeat(order, [len(text) + 1 for text in texts])
+    places: np.ndarray = np.repeat(order, [len(text) + 1 for text in texts])
     han: np.ndarray = (
         ((codes >= 0x3400) & (codes <= 0x9FFF))
         | ((codes >= 0xF900) & (codes <= 0xFAFF))
