@@ -41,7 +41,7 @@ class PostingsBuilder:
     def finish(self) -> tuple[np.ndarray, dict[str, Any]]:
         """(V,) uint64 sorted terms, and the scores as bm25s holds them: a sparse matrix of passages by terms."""
         vocabulary = np.unique(np.concatenate(self.terms))
-        columns = [
+        columns: list[np.ndarray] = [
             np.searchsorted(vocabulary, terms).astype(np.int32)[places]
             for terms, (places, _, _) in zip(self.terms, self.postings, strict=True)
         ]

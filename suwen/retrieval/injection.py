@@ -18,7 +18,7 @@ FORGED = re.compile(
     r"<\|[^|<>\n]{1,40}\|?>|</?s>|\[/?inst\]|<</?sys>>|<[^|<>\n]{0,2}\|[^<>\n]{1,40}\|>|</?\s*资料\s*>"
     r"|</?(?:think|system|user|assistant|tool_call|start_of_turn|end_of_turn)>|##\s*(?:instruction|response|system)\s*:"
 )
-ROLE = re.compile(r"(?:system|assistant|user|human|系统提示词?|系统指令|系统消息|用户|助手)\s*:")
+ROLE = re.compile(r"^\s*(?:system|assistant|user|human|用户|助手)\s*:|系统(?:提示词?|指令|消息)\s*:", re.MULTILINE)
 EARLIER = r"(?:以上|上述|上面|前面|之前|先前|此前|一切|所有|全部|任何|原有|原来|你的|系统)"
 RULES = r"(?:指令|指示|提示|要求|规则|设定|限制|约束|命令|内容|资料|对话|说明)"
 COMMAND = re.compile(
