@@ -66,9 +66,7 @@ def file_kind(file: Path) -> str | None:
     return next((suffix.removesuffix(".gz") for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def find_files(
-    path: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def find_files(path: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The data files behind a file, a folder (with its sub-folders) or a glob, sorted; and the files passed over.
 
     Names that begin with a dot are invisible here, as they are to `ls`.

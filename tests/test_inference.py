@@ -22,7 +22,7 @@ from suwen.encoding import ChatEncoder
 from suwen.generation import (
     AnswerDecoder,
     GenerationSettings,
-    _Draw,
+    Draw,
     decode_answer,
     fit_prompt,
     generate_batch,
@@ -165,14 +165,14 @@ def test_top_k_of_one_and_a_tiny_nucleus_are_greedy(model, encoder):
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()[None].repeat(4000, 1)
     ids = torch.zeros(4000, 1, dtype=torch.long)
-    draw = _Draw(GenerationSettings(temperature=1.0, top_p=1.0), ids, torch.ones_like(ids), range(4000))
+    draw = Draw(GenerationSettings(temperature=1.0, top_p=1.0), ids, torch.ones_like(ids), range(4000))
     counts = torch.bincount(draw(ids, logits).argmax(-1), minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.03)
 
 
 def test_the_penalty_counts_prompt_and_answer_but_not_padding():
     prompt, mask = torch.tensor([[0, 2]]), torch.tensor([[0, 1]])  # token 0 is padding here
-    draw = _Draw(GenerationSettings(repetition_penalty=2.0), prompt, mask, [0])
+    draw = Draw(GenerationSettings(repetition_penalty=2.0), prompt, mask, [0])
     logits = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
     assert draw(prompt, logits).tolist() == [[1.0, 1.0, 0.5, -1.0]]
     assert draw(torch.tensor([[0, 2, 3]]), logits).tolist() == [[1.0, 1.0, 0.5, -2.0]]
