@@ -6,13 +6,13 @@ Each row has its own settings and random stream, so it gets the tokens that `gen
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from suwen.generation import Draw, answer_limit, model_window
 from suwen.generation_settings import GenerationSettings
+from suwen.switching import active
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 PREFILL_TOKENS = 8192  # padding included, of requests that join together
@@ -33,12 +34,16 @@ class Busy(Exception):
     """As many requests wait as may."""
 
 
+class Closed(Exception):
+    """The server is shutting down."""
+
+
 @dataclass(eq=False)
 class Request:
     prompt: list[int]
     settings: GenerationSettings
     stop_ids: frozenset[int]
-    adapter: str | None
+    adapter: tuple[str, ...]
     deliver: Deliver
     limit: int = 0  # tokens of the answer, at most
     cancelled: bool = False
@@ -70,7 +75,7 @@ class Batcher:
     """A thread that decodes what is submitted; `close` ends it.
 
     Args:
-        model: may be a PeftModel; a request's adapter is one of its adapters, None the model without any.
+        model: may be a PeftModel; a request names those of its adapters that answer it, none for the base alone.
         max_batch: requests that decode together, over all adapters.
         max_waiting: requests that wait for a place; more are refused.
     """
@@ -81,12 +86,11 @@ class Batcher:
         layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
         # Recurrent layers keep one state a row, which cannot be padded: there, batches begin and end together.
         self.joins = set(layers) <= ATTENTION_LAYERS
-        self.groups: dict[str | None, Group] = {}
+        self.groups: dict[tuple[str, ...], Group] = {}
         self.waiting: deque[Request] = deque()
         self.working: list[Request] = []  # chosen, and not ended
         self.changed = threading.Condition()
         self.closed = False
-        self.active_adapter: str | None = None
         self.thread = threading.Thread(target=self._run, name="batching", daemon=True)
         self.thread.start()
 
@@ -96,7 +100,7 @@ class Batcher:
         settings: GenerationSettings,
         stop_ids: Sequence[int],
         deliver: Deliver,
-        adapter: str | None = None,
+        adapter: tuple[str, ...] = (),
     ) -> Request:
         """Queue a prompt. `deliver` is called from the batching thread and must not block.
 
@@ -112,7 +116,7 @@ class Batcher:
             request.draw = Draw(settings, ids, torch.ones_like(ids), [seed])
         with self.changed:
             if self.closed:
-                raise RuntimeError("the batcher is closed")
+                raise Closed
             self.waiting = deque(r for r in self.waiting if not r.cancelled)
             if len(self.waiting) >= self.max_waiting:
                 raise Busy(f"{len(self.waiting)} requests wait already")
@@ -134,7 +138,7 @@ class Batcher:
             for request in [*self.waiting, *self.working]:
                 if not request.cancelled:
                     request.cancel()
-                    request.deliver(RuntimeError("the server is shutting down"))
+                    request.deliver(Closed())
             self.changed.notify()
         self.thread.join(timeout=60)
 
@@ -149,21 +153,21 @@ class Batcher:
                     return
                 joining = self._choose()
             for adapter, requests in joining.items():
-                self._guard(adapter, requests, lambda a=adapter, r=requests: self._join(a, r))
+                self._guard(adapter, requests, partial(self._join, adapter, requests))
             for adapter, group in list(self.groups.items()):
                 if group.rows:
-                    self._guard(adapter, [], lambda a=adapter: self._step(a))
+                    self._guard(adapter, [], partial(self._step, adapter))
             with self.changed:
                 self.groups = {adapter: group for adapter, group in self.groups.items() if any(group.rows)}
                 self.working = [request for request in self.working if not request.cancelled]
                 self.changed.notify_all()
 
-    def _choose(self) -> dict[str | None, list[Request]]:
+    def _choose(self) -> dict[tuple[str, ...], list[Request]]:
         """Take waiting requests, in their order, as far as there are places; by adapter."""
-        joining: dict[str | None, list[Request]] = {}
+        joining: dict[tuple[str, ...], list[Request]] = {}
         places = self.max_batch - len(self.working)
         kept: deque[Request] = deque()
-        longest: dict[str | None, int] = {}
+        longest: dict[tuple[str, ...], int] = {}
         for request in self.waiting:
             group = joining.get(request.adapter, [])
             length = max(longest.get(request.adapter, 0), len(request.prompt))
@@ -180,10 +184,10 @@ class Batcher:
             self.groups.setdefault(adapter, Group())
         return joining
 
-    def _guard(self, adapter: str | None, joining: list[Request], work: Callable[[], None]) -> None:
+    def _guard(self, adapter: tuple[str, ...], joining: list[Request], work: Callable[[], None]) -> None:
         """An error of the model ends the requests it belongs to, and not the server."""
         try:
-            with torch.inference_mode(), self._adapter(adapter):
+            with torch.inference_mode(), active(self.model, adapter):
                 work()
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -199,19 +203,7 @@ class Batcher:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    @contextlib.contextmanager
-    def _adapter(self, name: str | None):
-        if hasattr(self.model, "set_adapter") and hasattr(self.model, "peft_config"):
-            if name is None:
-                with self.model.disable_adapter():
-                    yield
-                return
-            if self.active_adapter != name:
-                self.model.set_adapter(name)
-                self.active_adapter = name
-        yield
-
-    def _join(self, adapter: str | None, requests: list[Request]) -> None:
+    def _join(self, adapter: tuple[str, ...], requests: list[Request]) -> None:
         """Read the prompts of new requests, give each its first token, and add them to the batch of their adapter."""
         requests = [request for request in requests if not request.cancelled]
         if not requests:
@@ -236,7 +228,7 @@ class Batcher:
             group.rows += requests
         self._leave(group)
 
-    def _step(self, adapter: str | None) -> None:
+    def _step(self, adapter: tuple[str, ...]) -> None:
         """One more token for every request of a group."""
         group = self.groups[adapter]
         self._leave(group)
@@ -308,10 +300,12 @@ def _merge_caches(cache: Any, new: Any) -> None:
     """Append the rows of `new`, both padded on the left to the longer one; (B, H, T, D) a layer."""
     for layer, other in zip(cache.layers, new.layers, strict=True):
         width = max(layer.keys.shape[-2], other.keys.shape[-2])
-        for name in ("keys", "values"):
-            parts = (getattr(layer, name), getattr(other, name))
-            parts = [torch.nn.functional.pad(part, (0, 0, width - part.shape[-2], 0)) for part in parts]
-            setattr(layer, name, torch.cat(parts))
+
+        def widened(part: Tensor, width: int = width) -> Tensor:
+            return torch.nn.functional.pad(part, (0, 0, width - part.shape[-2], 0))
+
+        layer.keys = torch.cat([widened(layer.keys), widened(other.keys)])
+        layer.values = torch.cat([widened(layer.values), widened(other.values)])
 
 
 def collect(batcher: Batcher, prompt: Sequence[int], settings: GenerationSettings, stop_ids: Sequence[int], **options):

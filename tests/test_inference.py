@@ -21,8 +21,8 @@ import inference
 from suwen.encoding import ChatEncoder
 from suwen.generation import (
     AnswerDecoder,
-    GenerationSettings,
     Draw,
+    GenerationSettings,
     decode_answer,
     fit_prompt,
     generate_batch,

@@ -15,9 +15,12 @@ LAYERS = [
         "check_environment",
         "formats",
         "generation_settings",
+        "network",
         "readers",
         "records",
         "sampling",
+        "api.guard",
+        "api.schema",
         "retrieval.settings",
         "retrieval.terms",
         "retrieval.office",
@@ -30,7 +33,9 @@ LAYERS = [
     {"embedded", "encoding", "packing", "trainers"},
     {"models", "parallel", "prompts", "rows", "scoring", "generation"},
     {"adapters", "data", "retrieval.flags", "retrieval.grounding"},
-    {"merging"},
+    {"merging", "switching"},
+    {"batching"},
+    {"api.server"},
     {"serving", "stage"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

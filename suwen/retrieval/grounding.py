@@ -99,6 +99,8 @@ def prepare(
 
     if knowledge is None:
         return Prepared(*fit_prompt(encoder, messages, window, max_new_tokens))
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("the last message is not from the user, expected a question")
     hits = find_passages(knowledge, messages)
     if not hits:
         return Prepared([], 0, abstained=True)
