@@ -310,9 +310,13 @@ def test_an_index_holds_no_pickle_and_a_broken_one_is_refused(tmp_path):
     (data / "passages.jsonl").write_bytes((data / "passages.jsonl").read_bytes()[:-9])
     with pytest.raises(ValueError, match="cut off"):
         KnowledgeBase(str(tmp_path / "index"))
+    build_index([str(tmp_path / "a")], str(tmp_path / "index"))  # which the next build puts right
+    assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
     shutil.rmtree(data)
     with pytest.raises(ValueError, match="not a finished index"):
         KnowledgeBase(str(tmp_path / "index"))
+    build_index([str(tmp_path / "a")], str(tmp_path / "index"))
+    assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
 
 
 def test_a_build_that_is_stopped_leaves_the_index_before_it(tmp_path, monkeypatch):
@@ -323,7 +327,7 @@ def test_a_build_that_is_stopped_leaves_the_index_before_it(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         build_index([str(folder)], str(tmp_path / "index"))
     assert len(KnowledgeBase(str(tmp_path / "index")).record["files"]) == len(LEAFLETS)
-    assert not list((tmp_path / "index").glob(".*"))
+    assert not list((tmp_path / "index").glob(".building*"))
 
 
 def test_a_text_that_two_files_hold_is_shown_once(tmp_path):

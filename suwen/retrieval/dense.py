@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def model_fingerprint(path: str) -> str:
     files = [
         file for file in sorted(Path(path).rglob("*")) if file.suffix in (".safetensors", ".json", ".txt", ".model")
     ]
-    return "".join(hash_file(file)[:16] for file in files)
+    return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
 
 
 class Embedder:
@@ -82,5 +83,5 @@ class Reranker:
         )
 
     def scores(self, question: str, texts: list[str]) -> np.ndarray:
-        """(N,) higher is better."""
+        """(N,) 0 to 1 for the usual cross-encoders of one label, whose logit sentence-transformers squashes."""
         return np.asarray(self.model.predict([(question, text) for text in texts], show_progress_bar=False)).reshape(-1)

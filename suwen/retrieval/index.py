@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from suwen.readers import Refusal, find_files, hash_file
 from suwen.retrieval import passages as passages_module
@@ -27,7 +28,6 @@ from suwen.retrieval.passages import Passage, Section, cut_passages
 
 FORMAT = 1
 BLOCK_PASSAGES = 4096
-SHOWN_REFUSALS = 1000  # of each build in index.json; all of them are counted
 
 
 @dataclass
@@ -70,108 +70,128 @@ def build_index(
     Raises:
         ValueError: no document, nothing readable in them, or `output_dir` holds something else.
     """
-    from tqdm import tqdm
+    from filelock import FileLock
 
     folder = Path(output_dir)
     named, ignored = name_files(documents)
+    ours = (folder / "index.json").is_file()
+    if not ours and folder.exists() and (not folder.is_dir() or any(f.name[0] != "." for f in folder.iterdir())):
+        raise ValueError(f"--output_dir: {output_dir} holds something else, expected a new folder or an index")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        for left in folder.glob(".building-*"):  # of a build that was killed
+            shutil.rmtree(left)
+        unfinished = folder / f".building-{os.getpid()}"
+        unfinished.mkdir()
+        try:
+            report, record = _build(named, folder, unfinished, passage_characters, embed, progress)
+            if not report.passages:
+                raise ValueError(f"--documents: found nothing readable; {'; '.join(report.refusals[:3])}")
+            _publish(folder, unfinished, record)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    report.ignored = ignored
+    return report
+
+
+def _build(
+    named: dict[str, Path], folder: Path, unfinished: Path, passage_characters: int, embed: Any, progress: bool
+) -> tuple[BuildReport, dict[str, Any]]:
+    """Write everything but index.json into `unfinished`; what that will say is the second result."""
     settings = {
         "format": FORMAT,
         "passages": passages_module.VERSION,
         "terms": terms_module.VERSION,
         "passage_characters": passage_characters,
     }
-    before = read_index_file(folder) if (folder / "index.json").is_file() else None
-    if before is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output_dir: {output_dir} holds something else, expected a new folder or an index")
+    before, store = _build_before(folder)
     known = before["files"] if before and before["settings"] == settings else {}
-    store = PassageStore(folder / before["data"]) if before and known else None
-    report = BuildReport(files=len(named), ignored=ignored)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".building-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        builder, files, content = PostingsBuilder(), {}, hashlib.sha256()
-        offsets, hashes, block = [0], [], []
-        total = sum(file.stat().st_size for file in named.values())
-        with (
-            open(unfinished / "passages.jsonl", "wb") as stream,
-            tqdm(total=total, unit="B", unit_scale=True, desc="indexing", disable=not progress) as bar,
-        ):
-            for name, file in named.items():
-                digest, size = hash_file(file), file.stat().st_size
-                start = len(offsets) - 1
-                if store is not None and known.get(name, {}).get("sha256") == digest:
-                    report.unchanged += 1
-                    refused = known[name]["refused"]
-                    first, count = known[name]["passages"]
-                    found: Iterator[Passage] = (store[row] for row in range(first, first + count))
-                else:
-                    refused = []
-                    found = cut_passages(_sections(file, name, refused), passage_characters)
-                for passage in found:
-                    line = json.dumps(passage.to_dict(), ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
-                    stream.write(line)
-                    content.update(line)
-                    offsets.append(offsets[-1] + len(line))
-                    hashes.append(hashlib.sha256(passage.titled.encode("utf-8", errors="replace")).digest())
-                    block.append(passage.indexed)
-                    report.characters += len(passage.text)
-                    report.flagged.update(passage.flags)
-                    if len(block) == BLOCK_PASSAGES:
-                        builder.add(block)
-                        block = []
-                files[name] = {
-                    "sha256": digest,
-                    "bytes": size,
-                    "passages": [start, len(offsets) - 1 - start],
-                    "refused": refused,
-                }
-                report.refused.update(reason for reason, _ in refused)
-                report.refusals += [message for _, message in refused[: SHOWN_REFUSALS - len(report.refusals)]]
-                report.bytes += size
-                bar.update(size)
-        if block:
-            builder.add(block)
-        report.passages = builder.count
-        if not report.passages:
-            raise ValueError(f"--documents: found nothing readable in {', '.join(documents)}; {report.refusals[:1]}")
+    report, files, content = BuildReport(files=len(named)), {}, hashlib.sha256()
+    builder, offsets = PostingsBuilder(), [0]
+    hashes: list[bytes] = []
+    block: list[str] = []
+    total = sum(file.stat().st_size for file in named.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="indexing", disable=not progress)
+    with open(unfinished / "passages.jsonl", "wb") as stream, bar:
+        for name, file in named.items():
+            digest, size, start = hash_file(file), file.stat().st_size, len(hashes)
+            refused: list[tuple[str, str]] = []
+            if store is not None and known.get(name, {}).get("sha256") == digest:
+                report.unchanged += 1
+                refused = known[name]["refused"]
+                first, count = known[name]["passages"]
+                found: Iterator[Passage] = (store[row] for row in range(first, first + count))
+            else:
+                found = cut_passages(_sections(file, name, refused), passage_characters)
+            for passage in found:
+                line = json.dumps(passage.to_dict(), ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
+                stream.write(line)
+                content.update(line)
+                offsets.append(offsets[-1] + len(line))
+                hashes.append(hashlib.sha256(passage.titled.encode("utf-8", errors="replace")).digest())
+                block.append(passage.indexed)
+                report.characters += len(passage.text)
+                report.flagged.update(passage.flags)
+                if len(block) == BLOCK_PASSAGES:
+                    builder.add(block)
+                    block = []
+            spread = [start, len(hashes) - start]
+            files[name] = {"sha256": digest, "bytes": size, "passages": spread, "refused": refused}
+            report.refused.update(reason for reason, _ in refused)
+            report.refusals += [message for _, message in refused]
+            report.bytes += size
+            bar.update(size)
+    if block:
+        builder.add(block)
+    report.passages = builder.count
+    if report.passages:
         np.save(unfinished / "offsets.npy", np.array(offsets, dtype=np.int64), allow_pickle=False)
         save(unfinished, *builder.finish())
-        embedding = None
-        if embed is not None:
-            embedding = embed.fingerprint
-            old = folder / before["data"] if before and before.get("embedding") == embedding else None
-            content.update(embedding["sha256"].encode())
-            write_embeddings(unfinished, hashes, embed, old, progress)
         (unfinished / "hashes.bin").write_bytes(b"".join(hashes))
-        for file in unfinished.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        data = f"passages-{content.hexdigest()[:16]}"
-        if (folder / data).exists():
-            shutil.rmtree(unfinished)  # the same content as before
-        else:
-            os.replace(unfinished, folder / data)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    record = {
+        if embed is not None:
+            content.update(embed.fingerprint["sha256"].encode())
+            usable = before is not None and before["embedding"] == embed.fingerprint
+            old = folder / before["data"] if before and usable else None
+            write_embeddings(unfinished, hashes, embed, old, progress)
+    return report, {
         "settings": settings,
-        "data": data,
+        "data": f"passages-{content.hexdigest()[:16]}",
         "passages": report.passages,
         "characters": report.characters,
-        "embedding": embedding,
+        "embedding": embed.fingerprint if embed is not None else None,
         "flagged": dict(report.flagged),
         "files": files,
     }
-    temporary = folder / f".index.json-{os.getpid()}"
+
+
+def _build_before(folder: Path) -> tuple[dict[str, Any] | None, PassageStore | None]:
+    """What index.json says, and its passages; None where there is none, or where it is damaged and to be built anew."""
+    try:
+        record = read_index_file(folder)
+        return record, PassageStore(folder / record["data"])
+    except (ValueError, OSError):
+        return None, None
+
+
+def _publish(folder: Path, unfinished: Path, record: dict[str, Any]) -> None:
+    """Put a finished build in the place of the one before; a reader finds one or the other."""
+    for file in unfinished.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    data = folder / record["data"]
+    if _sizes(data) != _sizes(unfinished):  # else the same content is there already
+        shutil.rmtree(data, ignore_errors=True)
+        os.replace(unfinished, data)
+    temporary = folder / ".index.json"
     temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "index.json")
     for other in folder.glob("passages-*"):
-        if other.name != data:  # programs that have it open keep their memory map
+        if other != data:  # programs that have it open keep their memory map
             shutil.rmtree(other, ignore_errors=True)
-    return report
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.iterdir()} if folder.is_dir() else {}
 
 
 def _sections(file: Path, name: str, refused: list[tuple[str, str]]) -> Iterator[Section]:

@@ -27,7 +27,9 @@ ASKING = re.compile(
 class Hit:
     passage: Passage
     score: float  # of the last ranking: comparable within one search only
-    relevance: float  # 0 to 1: share of the question, by the weight of its terms, that the passage contains
+    # 0 to 1: the share of the question, by the weight of its terms, that the passage contains; with dense retrieval the
+    # cosine of the two if that is more; with a cross-encoder what that says
+    relevance: float
 
 
 class KnowledgeBase:
@@ -82,6 +84,7 @@ class KnowledgeBase:
         stripped = ASKING.sub(" ", question)
         numbers, weights = self.bm25.question_terms(stripped if stripped.strip() else question)
         rows, scores = self.bm25.search(numbers, CANDIDATES)
+        similar: np.ndarray | None = None
         if self.embedder is not None and self.vectors is not None:
             similar = self.vectors @ self.embedder.question(question)
             nearest = np.argsort(-similar, kind="stable")[:CANDIDATES]
@@ -96,12 +99,17 @@ class KnowledgeBase:
             hits.append((row, score, passage))
             if len(hits) == top and self.reranker is None:
                 break
+        found = np.array([row for row, _, _ in hits], dtype=np.int64)
+        relevance = self.bm25.coverage(numbers, weights, found)
+        if similar is not None:
+            relevance = np.maximum(relevance, similar[found])
         if self.reranker is not None and hits:
-            new = self.reranker.scores(question, [passage.titled for _, _, passage in hits])
-            order = np.argsort(-new, kind="stable")[:top]
-            hits = [(hits[at][0], float(new[at]), hits[at][2]) for at in order]
-        coverage = self.bm25.coverage(numbers, weights, np.array([row for row, _, _ in hits], dtype=np.int64))
-        return [Hit(p, score, share) for (_, score, p), share in zip(hits, coverage.tolist(), strict=True)]
+            relevance = self.reranker.scores(question, [passage.titled for _, _, passage in hits])
+            order = np.argsort(-relevance, kind="stable")[:top].tolist()
+            hits = [(hits[at][0], float(relevance[at]), hits[at][2]) for at in order]
+            relevance = relevance[order]
+        shares = np.clip(relevance, 0.0, 1.0).tolist()
+        return [Hit(passage, score, share) for (_, score, passage), share in zip(hits, shares, strict=True)]
 
 
 def fuse_ranks(rankings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
