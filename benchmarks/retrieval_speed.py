@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         del corpus
         started = time.process_time()
         builder = bm25.PostingsBuilder()
-        for at in range(0, len(texts), 4096):
-            builder.add(texts[at : at + 4096])
+        for at in range(0, len(texts), bm25.BLOCK_PASSAGES):
+            builder.add(texts[at : at + bm25.BLOCK_PASSAGES])
         builder.finish()
         ours = time.process_time() - started
         print(
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             text = texts[draw.randrange(len(texts))]
             middle = draw.randrange(1, len(text))
             block.append(text[middle:] + text[:middle])
-            if len(block) == 4096:
+            if len(block) == bm25.BLOCK_PASSAGES:
                 builder.add(block)
                 block = []
         if block:

@@ -71,8 +71,8 @@ def write(file: Path, *rows, encoding="utf-8") -> Path:
 def test_terms_are_the_pairs_of_characters_and_the_words_that_are_no_pairs():
     places, terms = text_terms(["高血压", "血压 CT", ""])
     counts = [Counter(terms[places == place].tolist()) for place in range(3)]
-    blood_pressure = ord("血") << 32 | ord("压")
-    assert counts[0][ord("高") << 32 | ord("血")] == 1 and counts[0][blood_pressure] == 1
+    blood_pressure = ord("血") << 21 | ord("压")
+    assert counts[0][ord("高") << 21 | ord("血")] == 1 and counts[0][blood_pressure] == 1
     assert sum(counts[0].values()) == 3  # two pairs, and the word 高血压
     assert counts[1][blood_pressure] == 1 and sum(counts[1].values()) == 2  # and ct
     assert not counts[2]

@@ -166,10 +166,21 @@ async def answer(
         return
     served = api.model(request.model)
     loop, items = asyncio.get_running_loop(), asyncio.Queue[Any]()
+    held: list[int] = []  # tokens of an answer that nobody watches: the loop is woken once, not for each of them
+    watched = request.stream or bool(request.stops)
 
-    def deliver(item: Any) -> None:
+    def send(item: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             loop.call_soon_threadsafe(items.put_nowait, item)
+
+    def deliver(item: int | None | Exception) -> None:
+        if isinstance(item, int):
+            held.append(item)
+        if held and (watched or not isinstance(item, int)):
+            send(held.copy())
+            held.clear()
+        if not isinstance(item, int):
+            send(item)
 
     stop_ids = served.encoder.stop_token_ids
     submitted = api.batcher.submit(prepared.ids, settings, stop_ids, deliver, served.adapters)
@@ -180,15 +191,17 @@ async def answer(
     stops = StopTexts(request.stops)
     deadline = loop.time() + api.limits.seconds
     try:
-        item: Any = 0
+        item: Any = []
         while item is not None:
             item = await asyncio.wait_for(items.get(), deadline - loop.time())
             if isinstance(item, Exception):
                 raise item
-            if item is not None:
+            pieces: list[Piece] = []
+            for token in item or ():
                 state.completion_tokens += 1
-                state.finish_reason = "stop" if item in stop_ids else "length"
-            for kind, text in decoder.finish() if item is None else decoder.push(item):
+                state.finish_reason = "stop" if token in stop_ids else "length"
+                pieces += decoder.push(token)
+            for kind, text in decoder.finish() if item is None else pieces:
                 given = stops.push(text) if kind == "content" else text
                 if given:
                     yield Piece(kind, given)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from suwen.retrieval.terms import text_terms
+from suwen.retrieval.terms import TERM_BITS, text_terms
 
+PLACE_BITS = np.uint64(64 - TERM_BITS)
+BLOCK_PASSAGES = 1 << int(PLACE_BITS)
 K1, B = 1.5, 0.75  # bm25s's defaults, method "lucene"
 MOST_QUERY_TERMS = 512  # of a question that is pages long, the rarest
 
@@ -27,15 +29,20 @@ class PostingsBuilder:
         self.count = 0
 
     def add(self, texts: list[str]) -> None:
-        """Add a block of some thousand passages."""
+        """Add a block of at most BLOCK_PASSAGES passages."""
         places, terms = text_terms(texts)
-        block_terms, numbers = np.unique(terms, return_inverse=True)
-        # Ordered by term, then by passage, as the finished index is
-        keys, counts = np.unique(numbers.astype(np.int64) * len(texts) + places, return_counts=True)
-        passages = (keys % len(texts) + self.count).astype(np.int32)
+        # One sort of term and place in one number orders the block as the finished index is ordered
+        keys = np.sort(terms << PLACE_BITS | places.astype(np.uint64))
+        firsts = np.flatnonzero(np.diff(keys, prepend=keys[:1] + np.uint64(1)))
+        counts = np.diff(firsts, append=len(keys))
+        keys = keys[firsts]
+        terms = keys >> PLACE_BITS
+        new = np.diff(terms, prepend=terms[:1] + np.uint64(1)) != 0
+        passages = (keys & np.uint64(BLOCK_PASSAGES - 1)).astype(np.int32) + self.count
         self.lengths.append(np.bincount(places, minlength=len(texts)))
-        self.terms.append(block_terms)
-        self.postings.append(((keys // len(texts)).astype(np.int32), passages, counts.astype(np.float32)))
+        self.terms.append(terms[new])
+        numbers = (np.cumsum(new) - 1).astype(np.int32)
+        self.postings.append((numbers, passages.astype(np.int32), counts.astype(np.float32)))
         self.count += len(texts)
 
     def finish(self) -> tuple[np.ndarray, dict[str, Any]]:

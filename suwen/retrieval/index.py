@@ -22,12 +22,11 @@ from tqdm import tqdm
 from suwen.readers import Refusal, find_files, hash_file
 from suwen.retrieval import passages as passages_module
 from suwen.retrieval import terms as terms_module
-from suwen.retrieval.bm25 import PostingsBuilder, save
+from suwen.retrieval.bm25 import BLOCK_PASSAGES, PostingsBuilder, save
 from suwen.retrieval.documents import DOCUMENT_SUFFIXES, read_sections
 from suwen.retrieval.passages import Passage, Section, cut_passages
 
 FORMAT = 1
-BLOCK_PASSAGES = 4096
 
 
 @dataclass

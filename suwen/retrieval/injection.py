@@ -13,12 +13,12 @@ from suwen.retrieval.terms import HAN, normalise
 
 # Invisible characters hide a text from people who check a source; soft hyphens and BOMs are common in honest files.
 HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\U000e0000-\U000e007f]")
-SPACED = re.compile(f"(?<=[{HAN}])[ \t]+(?=[{HAN}])")  # 忽 略 以 上
+SPACED = re.compile(f"[ \t]+(?=[{HAN}])")  # 忽 略 以 上
 FORGED = re.compile(
     r"<\|[^|<>\n]{1,40}\|?>|</?s>|\[/?inst\]|<</?sys>>|<[^|<>\n]{0,2}\|[^<>\n]{1,40}\|>|</?\s*资料\s*>"
     r"|</?(?:think|system|user|assistant|tool_call|start_of_turn|end_of_turn)>|##\s*(?:instruction|response|system)\s*:"
 )
-ROLE = re.compile(r"^\s*(?:system|assistant|user|human|用户|助手)\s*:|系统(?:提示词?|指令|消息)\s*:", re.MULTILINE)
+ROLE = re.compile(r"\n\s*(?:system|assistant|user|human)\s*:|(?:用户|助手|系统(?:提示词?|指令|消息))\s*:")
 EARLIER = r"(?:以上|上述|上面|前面|之前|先前|此前|一切|所有|全部|任何|原有|原来|你的|系统)"
 RULES = r"(?:指令|指示|提示|要求|规则|设定|限制|约束|命令|内容|资料|对话|说明)"
 COMMAND = re.compile(
@@ -39,11 +39,12 @@ LURE = re.compile(r"!\[[^\]\n]*\]\(\s*(?:https?:)?//|<\s*(?:script|iframe|img|ob
 
 def suspicious(text: str) -> list[str]:
     """Reasons to distrust a passage, in a fixed order; none for most."""
-    plain = SPACED.sub("", normalise(HIDDEN.sub("", text)))
+    hidden = HIDDEN.search(text)
+    plain = SPACED.sub("", normalise(HIDDEN.sub("", text) if hidden else text))
     found = {
-        "hidden characters": HIDDEN.search(text),
+        "hidden characters": hidden,
         "control tokens": FORGED.search(plain),
-        "speaker's role": ROLE.search(plain),
+        "speaker's role": ROLE.search("\n" + plain),
         "instruction to the model": COMMAND.search(plain),
         "active content": LURE.search(plain),
     }

@@ -1,7 +1,8 @@
 """Text to search terms: jieba's words, and each pair of Chinese characters that stand side by side.
 
-Words carry meaning; pairs need no dictionary, so a drug that no dictionary knows is found as well. A term is a 64-bit
-number: a pair is its two code points, a word a hash, so an index needs no vocabulary in memory.
+Words carry meaning; pairs need no dictionary, so a drug that no dictionary knows is found as well. A term is a number
+of TERM_BITS bits: a pair is its two code points, a word a hash, so an index needs no vocabulary in memory. (Among a
+million words two are expected to share a hash in one index of four thousand.)
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from itertools import chain
 
 import numpy as np
 
+TERM_BITS = 52  # leaves 12 bits of 64 for the place of a passage in its block
 VERSION = 1  # to be raised when the same text gives other terms, so that old indexes are built anew
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# PDF and books are wrapped in the middle of a word.
-WRAP = re.compile(f"(?<=[{HAN}])[ \\t]*\\n[ \\t]*(?=[{HAN}])")
+# PDF and books are wrapped in the middle of a word. The pattern begins with plain characters, which keeps it fast.
+WRAP = re.compile(f"[ \\t]*\\n[ \\t]*(?=[{HAN}])")
 PAIR = re.compile(f"[{HAN}]{{1,2}}")
-WORD_BIT = 1 << 63
+WORD_BIT = 1 << (TERM_BITS - 1)
 
 
 @lru_cache(maxsize=1 << 20)
@@ -29,7 +31,7 @@ def _word_number(token: str) -> int:
     if not token.isalnum() or PAIR.fullmatch(token):
         return 0
     digest = hashlib.blake2b(token.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") | WORD_BIT
+    return int.from_bytes(digest, "little") % WORD_BIT | WORD_BIT
 
 
 @lru_cache(maxsize=1 << 13)  # a block of passages, which are looked at for instructions and then for terms
@@ -62,5 +64,5 @@ def text_terms(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     pairs = np.flatnonzero(han[:-1] & han[1:])
     return (
         np.concatenate([word_places, places[pairs]]),
-        np.concatenate([words[words != 0], codes[pairs] << np.uint64(32) | codes[pairs + 1]]),
+        np.concatenate([words[words != 0], codes[pairs] << np.uint64(21) | codes[pairs + 1]]),
     )
