@@ -30,6 +30,7 @@ from suwen.retrieval.index import build_index
 from suwen.retrieval.search import KnowledgeBase
 from template import TEMPLATES
 
+pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "geheim"
 TOKENS = 16
