@@ -1,13 +1,14 @@
 """Direct preference optimisation: pairs of a better and a worse answer -> a model that prefers the better one.
 
-The reference is the model that the run starts from: with LoRA the same weights with the adapter switched off, without
-it log-probabilities computed once before the first step, so that there is never a second model in memory.
+The reference is the model that the run starts from. Its log-probabilities are computed once, before the first step, so
+there is never a second model in memory; the prompt that both answers share is computed once too. Dropout is off, that
+of LoRA too, so that the model is compared with its reference without noise.
 
     DATA=data/preference bash run_dpo.sh
     python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import parse_library_flags, parse_stage_arguments, run
+from suwen.arguments import PreferenceArguments, parse_library_flags, parse_stage_arguments, run
 
 # 5e-7: Zephyr's DPO (Tunstall et al. 2023, arXiv:2310.16944); 5e-6 for LoRA: alignment-handbook's QLoRA recipe.
 LEARNING_RATE, LORA_LEARNING_RATE = 5e-7, 5e-6
@@ -15,16 +16,14 @@ HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RA
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_stage_arguments(argv, "dpo", __doc__, HELP_DEFAULTS)
-    from trl import DPOConfig
-
+    args = parse_stage_arguments(argv, "dpo", __doc__, HELP_DEFAULTS, PreferenceArguments)
     from suwen import models, stage
-    from suwen.data import prepare_data
+    from suwen.data import cache_root, prepare_data
     from suwen.encoding import ChatEncoder, describe_row
     from suwen.rows import PreferenceRows, rows_of_pair
-    from suwen.trainers import PreferenceTrainer
+    from suwen.trainers import PairTrainer
 
-    library = parse_library_flags(args.library_flags, DPOConfig)
+    library = parse_library_flags(args)
     start, precision, length = stage.begin(args, library)
 
     # Data: preference pairs -> ids of the prompt and of both answers
@@ -36,23 +35,26 @@ def main(argv: list[str] | None = None) -> None:
     defaults = {
         "learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE,
         "num_train_epochs": 1,
-        "precompute_ref_log_probs": not args.lora.use_peft,
-        "per_device_eval_batch_size": 4,
     }
-    config = stage.training_config(args, DPOConfig, library, precision, defaults, max_length=None)
+    config = stage.training_config(args, library, precision, defaults, data)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
+    packing = stage.choose_packing(args, config, model, tokenizer, pairs=True)
 
     # Training: resumes by itself, evaluates, saves
-    trainer = PreferenceTrainer(
+    trainer = PairTrainer(
         model=model,
+        settings=args.own,
         args=config,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
         peft_config=models.lora_config(args.lora, model),
+        max_length=length,
         pure_bf16=args.model.pure_bf16,
+        **packing,
     )
+    trainer.compute_reference(cache_root(args.data), stage.reference_key(args, start, config, data))
     stage.run_stage(
         trainer, args, data, start, encoder.stop_token_ids, describe_row(rows_of_pair(data.train[0])[0], tokenizer)
     )

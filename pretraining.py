@@ -15,15 +15,13 @@ HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RA
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_stage_arguments(argv, "pt", __doc__, HELP_DEFAULTS)
-    from trl import SFTConfig
-
     from suwen import models, stage
     from suwen.data import prepare_data
     from suwen.encoding import describe_row
     from suwen.rows import DocumentRows
     from suwen.trainers import LanguageModelTrainer
 
-    library = parse_library_flags(args.library_flags, SFTConfig)
+    library = parse_library_flags(args)
     start, precision, length = stage.begin(args, library)
 
     # Data: documents -> token ids, an EOS after each
@@ -32,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model: base weights, quantised if asked, adapters on top
     defaults = {"learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE, "num_train_epochs": 1}
-    config = stage.training_config(args, SFTConfig, library, precision, defaults, max_length=length)
+    config = stage.training_config(args, library, precision, defaults, data)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
-    stage.choose_packing(config, args.data.packing, library, model, tokenizer)
+    packing = stage.choose_packing(args, config, model, tokenizer)
 
     # Training: resumes by itself, evaluates, saves
     trainer = LanguageModelTrainer(
@@ -45,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=data.validation,
         processing_class=tokenizer,
         peft_config=models.lora_config(args.lora, model),
+        max_length=length,
         pure_bf16=args.model.pure_bf16,
+        **packing,
     )
     stage.run_stage(trainer, args, data, start, [tokenizer.eos_token_id], describe_row(data.train[0], tokenizer))
 

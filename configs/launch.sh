@@ -231,7 +231,7 @@ run_stage() {
         set -- --config_file "$config" --num_processes "$((num_processes * machines))" --num_machines "$machines" \
             --machine_rank "${MACHINE_RANK:-0}" --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}" \
             --main_process_port "${MAIN_PROCESS_PORT:-$port}" "$@"
-        set -- "$python" -m accelerate.commands.launch "$@"
+        set -- "$python" "$root/configs/launch.py" "$@"
     fi
     case $num_gpus in 0) say "No GPU in use: $num_processes process(es) on the CPU" ;; *) say "$num_gpus GPU(s), $num_processes process(es)" ;; esac
     if [ -n "${DRY_RUN:-}" ]; then

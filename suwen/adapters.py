@@ -5,16 +5,21 @@ Nothing here loads a weight into memory; every check is done before the work beg
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from suwen.models import adapter_base, file_sha256, first_line, is_adapter_dir, read_json, resolve_lineage
-
-WEIGHTS = "adapter_model.safetensors"
+from suwen.lineage import (
+    ADAPTER_WEIGHTS,
+    adapter_base,
+    adapter_shapes,
+    file_sha256,
+    first_line,
+    is_adapter_dir,
+    read_json,
+    recorded_lineage,
+    resolve_lineage,
+    weights_fingerprint,
+)
 
 
 @dataclass
@@ -52,7 +57,7 @@ def plan_merge(
     for adapter in lineage:
         check_adapter(adapter)
     lineage += adapters
-    hashes = [file_sha256(Path(adapter) / WEIGHTS) for adapter in lineage]
+    hashes = [file_sha256(Path(adapter) / ADAPTER_WEIGHTS) for adapter in lineage]
     merged_before = [entry.get("sha256") for entry in read_json(Path(base) / "merge.json").get("adapters", [])]
     notes = []
     for index, adapter in enumerate(lineage):
@@ -95,29 +100,12 @@ def check_adapter(adapter: str) -> None:
         raise ValueError(f"{folder / 'adapter_config.json'}: found no peft_type, expected the settings of an adapter")
     shapes = adapter_shapes(adapter)
     if not shapes:
-        raise ValueError(f"{folder / WEIGHTS}: found no tensors, expected the weights of an adapter")
-    expected = read_json(folder / "run.json").get("files", {}).get(WEIGHTS)
-    if expected and (found := file_sha256(folder / WEIGHTS)) != expected:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: found no tensors, expected the weights of an adapter")
+    expected = read_json(folder / "run.json").get("files", {}).get(ADAPTER_WEIGHTS)
+    if expected and (found := file_sha256(folder / ADAPTER_WEIGHTS)) != expected:
         raise ValueError(
-            f"{folder / WEIGHTS}: found sha256 {found[:12]}, expected {expected[:12]} (run.json): changed since"
+            f"{folder / ADAPTER_WEIGHTS}: found sha256 {found[:12]}, expected {expected[:12]} (run.json): changed since"
         )
-
-
-def adapter_shapes(adapter: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an adapter, by its name in the file."""
-    weights = Path(adapter) / WEIGHTS
-    if not weights.is_file():
-        other = (
-            " (adapter_model.bin is not read: pickle can run code)"
-            if (Path(adapter) / "adapter_model.bin").is_file()
-            else ""
-        )
-        raise ValueError(f"adapter {adapter!r}: found no {WEIGHTS}{other}")
-    try:
-        with safe_open(weights, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights}: damaged or no safetensors file ({first_line(error)})") from None
 
 
 def check_belongs(adapter: str, base: str, merged_before: list[str], before: list[str]) -> None:
@@ -133,11 +121,10 @@ def check_belongs(adapter: str, base: str, merged_before: list[str], before: lis
     """
     named = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
     start = adapter_base(Path(adapter))
-    recorded = read_json(Path(adapter) / "run.json").get("lineage", [])
-    links = [link for link in recorded if isinstance(link, dict)] if isinstance(recorded, list) else []
+    links = recorded_lineage(adapter)
     last = links[-1] if links and links[-1].get("sha256") else {}
 
-    weights = Path(start) / WEIGHTS
+    weights = Path(start) / ADAPTER_WEIGHTS
     found = file_sha256(weights) if start and is_adapter_dir(start) and weights.is_file() else None
     expected = last["sha256"] if last and last.get("path") == named else found
     if found and found != expected:
@@ -157,49 +144,13 @@ def check_belongs(adapter: str, base: str, merged_before: list[str], before: lis
         if Path(start).resolve() == Path(base).resolve():
             return
         expected = weights_fingerprint(start)
+    found = weights_fingerprint(base)  # None for a base on the hub that is not on this machine yet
     origin = read_json(Path(base) / "merge.json").get("base", {})
-    if expected and expected not in (weights_fingerprint(base), origin.get("fingerprint")):
+    if expected and found and expected not in (found, origin.get("fingerprint")):
         raise ValueError(
             f"adapter {adapter!r}: was trained on {root.get('path', start)!r}, whose weights differ from "
             f"those of the base {base!r}; give the base that it was trained on"
         )
-
-
-def weights_fingerprint(model: str) -> str | None:
-    """A hash over names, shapes and samples of all tensors of a model; None if its files are not on this machine.
-
-    It reads 16 pieces of 64 bytes of each tensor, so that it takes about a second for the largest models. The same
-    weights in other shards give the same value. It tells different trainings apart; it is no protection against
-    forgery.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=["*.safetensors"]))
-        except (OSError, ValueError):
-            return None
-    samples: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                for name, entry in header.items():
-                    if name == "__metadata__":
-                        continue
-                    start, end = entry["data_offsets"]
-                    digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
-                    for piece in range(16):
-                        file.seek(8 + length + start + (end - start - min(64, end - start)) * piece // 15)
-                        digest.update(file.read(min(64, end - start)))
-                    samples[name] = digest.digest()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{path}: damaged or no safetensors file ({first_line(error)})") from None
-    if not samples:
-        return None
-    return hashlib.sha256(b"".join(name.encode() + samples[name] for name in sorted(samples))).hexdigest()
 
 
 def training_quantization(adapter: str, given: str | None) -> tuple[str, str]:
@@ -233,11 +184,3 @@ def check_output_dir(output_dir: str, inputs: list[str]) -> Path:
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir}: {first_line(error)}") from None
     return target
-
-
-def describe_lineage(path: str) -> list[dict[str, str]]:
-    """What run.json keeps of the way to a model: the base with its fingerprint, then each adapter with its hash."""
-    base, *adapters = resolve_lineage(path)
-    fingerprint = weights_fingerprint(base)
-    links = [{"path": base} | ({"fingerprint": fingerprint} if fingerprint else {})]
-    return links + [{"path": adapter, "sha256": file_sha256(Path(adapter) / WEIGHTS)} for adapter in adapters]

@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -81,6 +82,16 @@ class LoraArguments:
 
 
 @dataclass
+class PreferenceArguments:
+    beta: float = flag(0.1, "how strongly the model is held to its start (DPO paper); for ipo its tau")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = flag(
+        "sigmoid", "sigmoid is DPO; sigmoid_norm the same with log-probabilities averaged over tokens"
+    )
+    label_smoothing: float = flag(0.0, "share of pairs that may be labelled the wrong way round (sigmoid, robust)")
+    sft_weight: float = flag(0.0, "weight of the better answer's own loss a token, added (RPO, arXiv:2404.19733)")
+
+
+@dataclass
 class RunArguments:
     output_dir: str = flag("", "everything that the run leaves")
     logging_dir: str | None = flag(None, "TensorBoard logs (tensorboard in the output folder)")
@@ -98,6 +109,7 @@ class StageArguments:
     data: DataArguments
     lora: LoraArguments
     run: RunArguments
+    own: Any  # the stage's own arguments, None for stages without
     library_flags: list[str]
     command: list[str]
 
@@ -141,6 +153,7 @@ RENAMED = {
     "tokenizer_path": "tokenizer_name_or_path",
     "resume_from_checkpoint": "resume",
     "train_file": "train_file_dir",
+    "rpo_alpha": "sft_weight",
     "validation_file": "validation_file_dir",
 }
 # Old switches that today's defaults already are: accepted with this value, refused with any other.
@@ -169,7 +182,9 @@ REMOVED = {
     "dataset_config_name": "give local files by --train_file_dir",
     "max_prompt_length": "one limit for prompt and answer: --max_length",
     "max_completion_length": "one limit for prompt and answer: --max_length",
-    "rpo_alpha": "use --loss_type sigmoid sft --loss_weights 1.0 0.2",
+    "loss_weights": "one --loss_type, with --sft_weight for the term of the better answer",
+    "precompute_ref_log_probs": "the reference is always computed once, before the first step",
+    "padding_free": "rows are always computed without padding where the model can",
     "generate_during_eval": "not available",
     "label_pad_token_id": "labels are masked with -100 always",
     "tool_format": "tool calls are not part of this version",
@@ -242,7 +257,11 @@ def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda 
             result += ["--train_sampling_strategy", "group_by_length"] if is_true(values) else []
             continue
         if name == "validation_split_percentage":
-            result += ["--validation_split_fraction", str(float(values[0]) / 100)]
+            try:
+                result += ["--validation_split_fraction", str(float(values[0]) / 100)]
+            except (IndexError, ValueError):
+                found = " ".join(values) or "nothing"
+                raise ValueError(f"--{name}: found {found}, expected a number, 0 to below 100") from None
             continue
         if name in SETTLED:
             expected, reason = SETTLED[name]
@@ -322,7 +341,7 @@ def split_dataclasses(namespace: argparse.Namespace, *classes: type) -> list[Any
 
 
 def parse_stage_arguments(
-    argv: list[str] | None, stage: str, description: str, defaults: dict[str, Any]
+    argv: list[str] | None, stage: str, description: str, defaults: dict[str, Any], own: type | None = None
 ) -> StageArguments:
     """Parse a stage's command line up to the library's own flags.
 
@@ -331,11 +350,12 @@ def parse_stage_arguments(
         stage: short name of the stage (pt, sft, dpo); the output folder is outputs/<stage> by default.
         description: shown by --help.
         defaults: the library flags whose default this stage sets, for --help.
+        own: dataclass of arguments that only this stage has.
 
     Raises:
         ValueError: an unknown value, or an old name without equivalent; one line each.
     """
-    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
+    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments, *([own] if own else []))
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(description, *classes)
     group = parser.add_argument_group("training library (any other field of its config class works too)")
@@ -345,13 +365,19 @@ def parse_stage_arguments(
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
+    if "LOCAL_RANK" not in os.environ:
+        # One process trains on one GPU; the library would split each batch over all that it sees (DataParallel)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     words = translate_old_flags(argv, notice=lambda line: print(f"note: {line}", file=sys.stderr))
     ours = build_parser(description, *classes)
     namespace, rest = ours.parse_known_args(words)
-    model, data, lora, run = split_dataclasses(namespace, *classes)
+    model, data, lora, run, *rest_of_them = split_dataclasses(namespace, *classes)
     run.output_dir = run.output_dir or os.path.join(model.outputs, stage)
     check_combinations(model, data, lora)
-    return StageArguments(stage, model, data, lora, run, rest, argv)
+    ours_alone = rest_of_them[0] if rest_of_them else None
+    if isinstance(ours_alone, PreferenceArguments):
+        check_preference(ours_alone)
+    return StageArguments(stage, model, data, lora, run, ours_alone, rest, argv)
 
 
 def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArguments) -> None:
@@ -376,21 +402,32 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         raise ValueError(f"--lora_dropout: found {lora.lora_dropout}, expected 0 to below 1")
 
 
-def parse_library_flags(words: list[str], config_class: type) -> dict[str, Any]:
-    """Values of the library flags that were given, by name; unknown ones are refused with the nearest known name."""
-    from transformers import HfArgumentParser
+def check_preference(given: PreferenceArguments) -> None:
+    if given.beta <= 0:
+        raise ValueError(f"--beta: found {given.beta}, expected a positive number")
+    if not 0 <= given.label_smoothing < 0.5:
+        raise ValueError(f"--label_smoothing: found {given.label_smoothing}, expected 0 to below 0.5")
+    if given.label_smoothing and given.loss_type not in ("sigmoid", "sigmoid_norm", "robust"):
+        raise ValueError(f"--label_smoothing: has no meaning for --loss_type {given.loss_type}")
+    if given.sft_weight < 0:
+        raise ValueError(f"--sft_weight: found {given.sft_weight}, expected 0 or more")
 
-    parser = HfArgumentParser(config_class, allow_abbrev=False)
+
+def parse_library_flags(args: StageArguments) -> dict[str, Any]:
+    """Values of the library flags that were given, by name; unknown ones are refused with the nearest known name."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
     parser.error = OneLineParser.error.__get__(parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+        if getattr(action.type, "__name__", "") == "string_to_bool":
+            action.nargs, action.const = "?", True  # a bare --bf16 means yes, also where the default is None
     parser._defaults.clear()
-    namespace, unknown = parser.parse_known_args(words)
+    namespace, unknown = parser.parse_known_args(args.library_flags)
     if unknown:
-        ours = [
-            f.name for c in (ModelArguments, DataArguments, LoraArguments, RunArguments) for f in dataclasses.fields(c)
-        ]
-        known = ["--" + name for name in ours + [f.name for f in dataclasses.fields(config_class)]]
+        parts = [args.model, args.data, args.lora, args.run, *([args.own] if args.own else [])]
+        known = [f"--{f.name}" for part in [*parts, TrainingArguments] for f in dataclasses.fields(part)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise ValueError(f"unknown flag or value {unknown[0]!r}{hint}")
@@ -398,12 +435,18 @@ def parse_library_flags(words: list[str], config_class: type) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a user's mistake (ValueError) becomes one line on stderr and exit code 2."""
+    """Run a script's main: a user's mistake (ValueError) becomes one line on stderr and exit code 2.
+
+    Of several processes that meet the same mistake the first one tells it: the launcher ends the others while they
+    wait. A mistake that only another rank meets is told by that one.
+    """
     try:
         main()
     except ValueError as error:
         if os.environ.get("SUWEN_TRACEBACK"):
             raise
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(5)
         line = " ".join(str(error).split())
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)

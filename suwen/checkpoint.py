@@ -24,6 +24,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[-1]))
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """Optimiser steps behind a checkpoint."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
 def set_aside(paths: list[Path], output_dir: Path, label: str) -> Path:
     """Move checkpoints out of the way; nothing is deleted."""
     target = output_dir / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -44,6 +44,11 @@ CODE_VERSION = 1  # part of the cache key: raise it when the same files would gi
 CACHE_DIR = Path(__file__).resolve().parent.parent / ".cache" / "suwen"
 
 
+def cache_root(data: DataArguments) -> Path:
+    """Where encoded data, and what is computed from it, is kept."""
+    return Path(data.cache_dir) if data.cache_dir else CACHE_DIR
+
+
 @dataclass
 class Report:
     """What became of every row that was read."""
@@ -274,7 +279,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     if data.validation_file_dir:
         validation_sources = parse_sources(data.validation_file_dir, "--validation_file_dir")
     key = _cache_key(data, schema, encode.fingerprint, train_sources, validation_sources)
-    root = Path(data.cache_dir) if data.cache_dir else CACHE_DIR
+    root = cache_root(data)
     folder = root / key[:32]
     with _locked(root, key[:32]):
         cached = (folder / "report.json").is_file()

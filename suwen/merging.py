@@ -45,17 +45,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from suwen.adapters import WEIGHTS, MergePlan, adapter_shapes, check_output_dir, plan_merge, weights_fingerprint
-from suwen.models import (
-    file_sha256,
-    first_line,
-    load_base,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    read_json,
-    scale_rope,
-)
+from suwen.adapters import MergePlan, check_output_dir, plan_merge
+from suwen.lineage import ADAPTER_WEIGHTS, adapter_shapes, file_sha256, first_line, read_json, weights_fingerprint
+from suwen.models import config_of_lineage, load_base, load_causal_lm, load_config, load_tokenizer, untie_if_needed
 
 TOLERANCE = 0.01  # of the effect
 KERNEL_TOLERANCE = 0.25  # of the logits' spread
@@ -144,15 +136,12 @@ def merge_adapters(
 
 
 def training_config(plan: MergePlan) -> Any:
-    """Config of the base as the last adapter's training had it: RoPE scaling is no weight, but part of the model."""
-    config = load_config(plan.base)
+    """Config of the base as the last adapter's training had it."""
+    config = config_of_lineage(plan.base, plan.adapters)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"base {plan.base!r}: is a quantised checkpoint, expected the full-precision model it was made from"
         )
-    arguments = read_json(Path(plan.adapters[-1]) / "run.json").get("arguments", {})
-    if (kind := arguments.get("rope_scaling")) and arguments.get("max_length"):
-        scale_rope(config, kind, arguments["max_length"])
     return config
 
 
@@ -299,19 +288,6 @@ def highest_index(indices: Any) -> int:
     return max((int(index) for group in groups for index in group), default=-1)
 
 
-def untie_if_needed(model: Any, adapter: str) -> None:
-    """Part a tied output layer from the input embedding when LoRA changes one of them: a merge would change both."""
-    source, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not source.weight:
-        return
-    modules = {id(module): name for name, module in model.named_modules()}
-    tables = (modules[id(source)], modules[id(head)])
-    touched = {name for key in adapter_shapes(adapter) for name in tables if f".{name}.lora_" in key}
-    if len(touched) == 1:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
 def load_merge_base(plan: MergePlan, tokenizer: Any, device: str) -> tuple[Any, list[torch.Tensor], dict[str, Any]]:
     """The base in float32, ready to merge into; the probes; and what the quantised kernels say, where there are any.
 
@@ -444,7 +420,7 @@ def _merge(
         "adapters": [
             {
                 "path": adapter,
-                "sha256": file_sha256(Path(adapter) / WEIGHTS),
+                "sha256": file_sha256(Path(adapter) / ADAPTER_WEIGHTS),
                 "effect": asdict(step["effect"]),
                 "merge_error": asdict(step["error"]),
             }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -17,122 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from suwen.encoding import apply_template
-
-STAGES = ("pt", "sft", "rm", "dpo", "orpo", "ppo")
-# What each stage goes on from, the nearest first.
-STAGES_BEFORE = {
-    "pt": (),
-    "sft": ("pt",),
-    "dpo": ("sft", "pt"),
-    "rm": ("sft", "pt"),
-    "orpo": ("sft", "pt"),
-    "ppo": ("sft", "pt"),
-}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return {}
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}, expected a JSON file") from None
-
-
-def is_adapter_dir(path: str | Path) -> bool:
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def find_finished_stage(outputs: str | Path = "outputs", stages: tuple[str, ...] = STAGES) -> str | None:
-    """The newest of the finished stage folders below `outputs`; None if there is none."""
-    finished = []
-    for stage in stages:
-        folder = Path(outputs) / stage
-        if (folder / "run.json").is_file() and read_json(folder / "run.json").get("finished"):
-            finished.append(folder)
-    return str(max(finished, key=lambda folder: (folder / "run.json").stat().st_mtime)) if finished else None
-
-
-def find_start(model_name_or_path: str | None, outputs: str, stage: str) -> tuple[str, str]:
-    """What a stage starts from and why: the path given, else the stage before, else the embedded model."""
-    if model_name_or_path:
-        return model_name_or_path, "--model_name_or_path"
-    for before in STAGES_BEFORE[stage]:
-        if found := find_finished_stage(outputs, (before,)):
-            return found, f"the finished {before} stage"
-    from suwen.embedded import build_embedded_model
-
-    return str(build_embedded_model()), "the embedded default, as no stage before this one has finished"
-
-
-def require_model(path: str) -> None:
-    """Refuse a path that is neither a model folder nor a plausible hub name, and folders that need foreign code."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists() or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise ValueError(f"model {path!r}: found no such folder, expected a model folder or a hub name")
-        if path.split("/")[0] in {"outputs", "models", "data"}:
-            raise ValueError(f"model {path!r}: found no such folder, expected a finished stage or a model folder")
-        return
-    if is_adapter_dir(folder):
-        return
-    config = read_json(folder / "config.json")
-    if not config:
-        raise ValueError(
-            f"model {path!r}: found no config.json or adapter_config.json, expected a model or LoRA folder"
-        )
-    if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
-        raise ValueError(
-            f"model {path!r}: model_type {config.get('model_type')!r} needs code from the folder, which never runs; "
-            "convert the checkpoint to a native class first"
-        )
-    if not list(folder.glob("*.safetensors")):
-        found = [p.name for p in folder.glob("*.bin")] or [p.name for p in folder.glob("*.pt*")] or ["no weights"]
-        raise ValueError(f"model {path!r}: found {found[0]}, expected weights as safetensors")
-
-
-def adapter_base(adapter: Path) -> str:
-    """Base of a LoRA folder, as recorded; a folder that moved together with its base is found beside it."""
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-    if base and not Path(base).is_dir() and (adapter.parent / Path(base).name).is_dir():
-        return str(adapter.parent / Path(base).name)
-    return base
-
-
-def resolve_lineage(path: str) -> list[str]:
-    """[base, adapter, adapter, ...] of a model path, in the order in which the adapters were trained.
-
-    Raises:
-        ValueError: a missing folder, or an adapter whose recorded start has changed since.
-    """
-    require_model(path)
-    if not is_adapter_dir(path):
-        return [path]
-    recorded = read_json(Path(path) / "run.json").get("lineage", [])
-    base = adapter_base(Path(path))
-    if not base:
-        raise ValueError(f"adapter {path!r}: adapter_config.json names no base_model_name_or_path")
-    if Path(base).resolve() == Path(path).resolve():
-        raise ValueError(f"adapter {path!r}: names itself as its base")
-    lineage = resolve_lineage(base)
-    for link in recorded:
-        weights = Path(base) / "adapter_model.safetensors"
-        if (
-            link.get("path") == base
-            and link.get("sha256")
-            and weights.is_file()
-            and file_sha256(weights) != link["sha256"]
-        ):
-            raise ValueError(
-                f"adapter {path!r}: its start {base!r} has changed since the training, expected the one recorded"
-            )
-    return [*lineage, path]
+from suwen.head import add_scoring_head
+from suwen.lineage import (
+    adapter_base,
+    adapter_shapes,
+    first_line,
+    is_adapter_dir,
+    read_json,
+    require_model,
+    resolve_lineage,
+)
 
 
 def load_tokenizer(path: str, template_name: str | None = None) -> Any:
@@ -161,16 +53,34 @@ def load_tokenizer(path: str, template_name: str | None = None) -> Any:
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def load_config(path: str) -> Any:
-    base = resolve_lineage(path)[0]
+    """Config of a model folder, a hub name or a LoRA folder, with the positions that its adapter was trained on."""
+    base, *adapters = resolve_lineage(path)
+    return config_of_lineage(base, adapters)
+
+
+def config_of_lineage(base: str, adapters: list[str]) -> Any:
+    """Config of a base as the last of its adapters was trained, with stretched positions where it had them."""
     try:
-        return AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {base!r}: {first_line(error)}") from None
+    for adapter in reversed(adapters):
+        if positions := read_json(Path(adapter) / "run.json").get("positions"):
+            config.rope_parameters = positions["rope_parameters"]
+            config.max_position_embeddings = positions["max_position_embeddings"]
+            break
+    return config
+
+
+def positions_of(config: Any) -> dict[str, Any] | None:
+    """What run.json keeps of rotary positions, for `config_of_lineage`; None for models without."""
+    if not getattr(config, "rope_parameters", None) or not hasattr(config, "max_position_embeddings"):
+        return None
+    return {
+        "rope_parameters": dict(config.rope_parameters),
+        "max_position_embeddings": config.max_position_embeddings,
+    }
 
 
 def scale_rope(config: Any, kind: str, length: int) -> None:
@@ -183,6 +93,11 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
     if not parameters or "rope_theta" not in parameters:
         raise ValueError(
             f"--rope_scaling: model type {config.model_type!r} has no rotary positions that can be stretched"
+        )
+    if parameters.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"--rope_scaling {kind}: the model's positions are stretched already ({parameters['rope_type']}); leave "
+            "the flag out, or start from the model before that"
         )
     window = config.max_position_embeddings
     if length <= window:
@@ -256,11 +171,7 @@ def load_causal_lm(
         trainable: a quantised LoRA folder's adapter can be trained further.
     """
     base, *adapters = resolve_lineage(path)
-    for adapter in adapters:  # an adapter trained on stretched positions needs them again
-        trained = read_json(Path(adapter) / "run.json")
-        if config is None and (kind := trained.get("arguments", {}).get("rope_scaling")):
-            config = load_config(base)
-            scale_rope(config, kind, trained["max_length"])
+    config = config or config_of_lineage(base, adapters)
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     if not adapters:
         compute = torch.float32 if dtype == "auto" else torch_dtype
@@ -276,21 +187,48 @@ def load_causal_lm(
         compute = torch.float32 if dtype == "auto" else torch_dtype
         model = load_base(base, torch_dtype, quantization, compute, device, attn_implementation, config)
         return load_adapter(model, adapters[0], trainable)
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled() or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
         raise ValueError(
-            f"model {path!r}: a LoRA folder cannot be merged under ZeRO-3; merge it first with merge_peft_adapter.py"
+            f"model {path!r}: a LoRA folder cannot be merged while its base is spread over the processes (ZeRO-3, "
+            "FSDP); merge it first with merge_peft_adapter.py"
         )
-    model = load_base(base, torch.float32, device=device, attn_implementation=attn_implementation, config=config)
-    for adapter in adapters:
-        model = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    model = load_merged(base, adapters, dtype, device, attn_implementation, config)
     # The folder that this model stands for: an adapter trained on it names it as its base.
     model.config._name_or_path = path
     model.name_or_path = path
-    if dtype == "auto":
-        torch_dtype = getattr(
-            torch, str(read_json(Path(base) / "config.json").get("dtype") or "float32"), torch.float32
-        )
-    return model.to(torch_dtype)
+    return model
+
+
+def load_merged(
+    base: str,
+    adapters: list[str],
+    dtype: str,
+    device: str | None,
+    attn_implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """Merge adapters in order, in float32 and in main memory; the device receives the result in its own precision."""
+    config = config or config_of_lineage(base, adapters)
+    own = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    model = load_base(base, torch.float32, attn_implementation=attn_implementation, config=config)
+    for adapter in adapters:
+        untie_if_needed(model, adapter)
+        model = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    model = model.to(own if dtype == "auto" else getattr(torch, dtype))
+    return model.to(device) if device else model
+
+
+def untie_if_needed(model: Any, adapter: str) -> None:
+    """Part a tied output layer from the input embedding when LoRA changes one of them: a merge would change both."""
+    source, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not source.weight:
+        return
+    modules = {id(module): name for name, module in model.named_modules()}
+    tables = (modules[id(source)], modules[id(head)])
+    touched = {name for key in adapter_shapes(adapter) for name in tables if f".{name}.lora_" in key}
+    if len(touched) == 1:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def load_adapter(model: Any, adapter: str, trainable: bool = False) -> Any:
@@ -363,9 +301,16 @@ def load_for_training(path: str, model_args: Any, lora: Any, precision: str, max
     device = None
     if model_args.quantization != "none":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return load_causal_lm(
+    model = load_causal_lm(
         path, dtype, model_args.quantization, device, model_args.attn_implementation, config, trainable=True
     )
+    add_scoring_head(without_adapter(model))
+    return model
+
+
+def without_adapter(model: Any) -> Any:
+    """The model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def lora_config(lora: Any, model: Any) -> LoraConfig | None:

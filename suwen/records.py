@@ -54,7 +54,7 @@ def timestamp() -> str:
 # Panels of the picture: title, and the log keys drawn in it.
 PANELS = (
     ("loss", ("loss", "eval_loss")),
-    ("token accuracy", ("mean_token_accuracy", "eval_token_accuracy")),
+    ("token accuracy", ("token_accuracy", "eval_token_accuracy")),
     ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("reward margin", ("rewards/margins", "eval_rewards/margins")),
     ("learning rate", ("learning_rate",)),

@@ -255,7 +255,7 @@ def load_switchable(args: argparse.Namespace) -> Switchable:
 
 def trained_thinking(path: str) -> str:
     """The thinking mode of the prompts that a model was trained on, where its folder says so and they all had one."""
-    from suwen.models import read_json
+    from suwen.lineage import read_json
 
     for record in ("run.json", "merge.json"):
         if (mode := read_json(Path(path) / record).get("thinking")) in ("on", "off"):
@@ -265,7 +265,7 @@ def trained_thinking(path: str) -> str:
 
 def find_default_model() -> str:
     """The newest finished stage, else the embedded model."""
-    from suwen.models import find_finished_stage
+    from suwen.lineage import find_finished_stage
 
     if (stage := find_finished_stage() or find_finished_stage("outputs/pipeline")) is not None:
         say(f"no --base_model: the newest finished stage, {stage}")
@@ -291,23 +291,21 @@ def load_with_adapters(
     import torch
 
     from suwen.merging import plan_merge
-    from suwen.models import load_adapter, load_base
+    from suwen.models import config_of_lineage, load_adapter, load_base, load_merged
 
     plan = plan_merge(base, adapters)
     names = [plan.base, *plan.adapters]
     if plan.quantization not in ("none", quantization):
         say(f"note: {names[-1]} was trained with --quantization {plan.quantization}, which serves it as trained")
     if quantization == "none":
-        model = load_base(plan.base, torch.float32, device=device)
-        for adapter in plan.adapters:
-            model = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
-        return model.to(getattr(torch, dtype)), names
+        return load_merged(plan.base, plan.adapters, dtype, device), names
     if len(plan.adapters) > 1:
         raise ValueError(
             f"--quantization {quantization}: one adapter fits a quantised model, found {', '.join(plan.adapters)};"
             " merge them with merge_peft_adapter.py first"
         )
-    model = load_base(plan.base, getattr(torch, dtype), quantization, getattr(torch, dtype), device)
+    config = config_of_lineage(plan.base, plan.adapters)
+    model = load_base(plan.base, getattr(torch, dtype), quantization, getattr(torch, dtype), device, config=config)
     return load_adapter(model, plan.adapters[0]), names
 
 

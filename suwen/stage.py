@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
-import shutil
-import sys
-import warnings
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute
 import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
-from suwen.adapters import describe_lineage
+from suwen import attention
 from suwen.arguments import StageArguments
-from suwen.checkpoint import find_checkpoint, identity_difference
-from suwen.models import compute_precision, file_sha256, find_start, load_config, read_json
-from suwen.packing import packing_problem
+from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference
+from suwen.lineage import (
+    ADAPTER_WEIGHTS,
+    describe_lineage,
+    file_sha256,
+    find_start,
+    first_line,
+    is_adapter_dir,
+    read_json,
+)
+from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.probe import packing_problem
+from suwen.progress import (
+    RefuseNonFinite,
+    StageLines,
+    StageProgress,
+    closing_lines,
+    main_process,
+    quiet_libraries,
+    say,
+)
 from suwen.records import draw_curves, peak_memory_bytes, timestamp, versions, without_secrets, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +46,7 @@ COMMON = {
     "report_to": ["tensorboard"],
     "logging_steps": 10,
     "logging_first_step": True,
+    "logging_nan_inf_filter": False,  # a loss that is no number stops the run instead of being left out of the mean
     "save_steps": 500,
     "save_total_limit": 3,
     "eval_strategy": "steps",
@@ -48,29 +63,15 @@ COMMON = {
 FREE_TO_CHANGE = {
     "output_dir", "resume", "outputs", "do_train", "do_eval", "logging_steps", "logging_first_step", "save_steps",
     "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "report_to", "run_name", "num_proc",
-    "cache_dir", "logging_dir",
+    "cache_dir", "logging_dir", "logging_nan_inf_filter",
     "dataloader_num_workers", "disable_tqdm", "on_bad_rows", "max_eval_samples", "per_device_eval_batch_size",
     "log_level",
 }  # fmt: skip
-
-
-def main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(*lines: str) -> None:
-    """Print on the main process only."""
-    if main_process():
-        for line in lines:
-            print(line, flush=True)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' routine warnings off the screen; errors stay."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    for name in ("transformers", "trl", "accelerate", "datasets", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+# The library's arguments, beside those in COMMON, that do.
+LEARNING = {
+    "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "train_sampling_strategy",
+}  # fmt: skip
 
 
 def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]:
@@ -78,13 +79,18 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     quiet_libraries()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns
+    if library.get("do_train") is False and not library.get("do_eval"):
+        raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
+    make_output_dir(args.run.output_dir)
     precision = compute_precision(library)
     if precision == "bf16" and uses_deepspeed(library) and not torch.cuda.is_available():
         precision = "fp32"  # the library refuses bf16 without a GPU unless use_cpu is set, which DeepSpeed cannot have
     start, why = find_start(args.model.model_name_or_path, args.model.outputs, args.stage)
     say(f"start: {start} (from {why}); precision {precision}")
+    if is_adapter_dir(start) and args.model.quantization != "none":
+        say("its adapter goes on training as it is: --lora_rank, --target_modules and the like have no effect")
     window = getattr(load_config(start), "max_position_embeddings", None)
     length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
     if window and length > window and not args.model.rope_scaling:
@@ -92,6 +98,15 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
     return start, precision, length
+
+
+def make_output_dir(output_dir: str) -> None:
+    """Find out before the work, not after it, that nothing can be written there."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir}: cannot be written to ({first_line(error)})") from None
 
 
 def uses_deepspeed(library: dict[str, Any]) -> bool:
@@ -104,12 +119,11 @@ def thinking_mode(thinking: str) -> bool | None:
 
 def training_config(
     args: StageArguments,
-    config_class: type,
     library: dict[str, Any],
     precision: str,
     defaults: dict[str, Any],
-    **fixed: Any,
-) -> Any:
+    data: PreparedData,
+) -> TrainingArguments:
     """The library's config object: common defaults, then the stage's, then what the user gave, then what must be.
 
     Building it starts the process group, so everything that can take long is done before.
@@ -118,7 +132,7 @@ def training_config(
     values: dict[str, Any] = {**COMMON, "gradient_checkpointing": not cpu, **defaults, **library}
     deepspeed = uses_deepspeed(library)
     # With use_cpu accelerate would leave DeepSpeed aside without a word; it finds the CPU by itself.
-    values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed, **fixed}
+    values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed}
     # Without autocast the weights' own bfloat16 is used throughout; DeepSpeed reads its precision from this switch.
     values["bf16"] = precision == "bf16" and (deepspeed or not args.model.pure_bf16)
     values["fp16"] = precision == "fp16"
@@ -127,31 +141,59 @@ def training_config(
         values.pop("tf32")
     if not values.get("do_train") and not values.get("do_eval"):
         values |= {"do_train": True, "do_eval": True}
+    if data.validation is None:
+        if not values.get("do_train"):
+            raise ValueError("--do_eval: found no held-out rows; give --validation_file_dir or more training data")
+        say("no held-out rows: nothing is evaluated")
+    if data.validation is None or library.get("do_eval") is False:
+        values["eval_strategy"] = "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = args.run.logging_dir or str(Path(args.run.output_dir) / "tensorboard")
-    Path(args.run.output_dir).mkdir(parents=True, exist_ok=True)
-    return config_class(**values)
+    return TrainingArguments(**values)
 
 
-def choose_packing(config: Any, wanted: bool, library: dict[str, Any], model: Any, tokenizer: Any) -> None:
-    """Pack rows where the model keeps them apart; otherwise pad them, grouped by length, and say why."""
-    problem = packing_problem(model, len(tokenizer)) if wanted else "--packing False"
-    config.packing = problem is None
-    if problem is None:
-        config.per_device_eval_batch_size = 1  # packed sequences of a batch are joined into one: count them one by one
-    else:
-        config.train_sampling_strategy = library.get("train_sampling_strategy", "group_by_length")
-        say(f"packing off: {problem}")
+def choose_packing(
+    args: StageArguments, config: Any, model: Any, tokenizer: Any, pairs: bool = False
+) -> dict[str, bool]:
+    """Find out how rows can be computed together, and say so: packed, one behind another, or padded.
+
+    Attention segment by segment comes first (`suwen.attention`); where a model cannot have it, its own attention with
+    restarting positions, which keeps rows apart in many models, though not the two answers of a pair.
+
+    Returns:
+        The trainer's `packing` and `padding`.
+    """
+    base = without_adapter(model)
+    own = base.config._attn_implementation
+    problem: str | None = "--attn_implementation"
+    if args.model.attn_implementation is None:
+        try:
+            base.set_attn_implementation(attention.NAME)
+            problem = packing_problem(model, len(tokenizer), config, pairs)
+        except (ValueError, NotImplementedError) as error:
+            problem = first_line(error)
+    if problem:
+        base.set_attn_implementation(own)
+        problem = packing_problem(model, len(tokenizer), config, pairs)
+    if problem:
+        say(f"packing off: {problem}; rows are padded, grouped by length")
+    elif not args.data.packing:
+        say("packing off: --packing False")
+    return {"packing": args.data.packing and problem is None, "padding": problem is not None}
 
 
-def identity(args: StageArguments, start: str, config: Any, data: PreparedData) -> dict[str, Any]:
+def identity(
+    args: StageArguments, start: str, lineage: list[dict[str, str]], config: Any, data: PreparedData
+) -> dict[str, Any]:
     """Everything that decides what a run learns: a checkpoint may only be resumed by the same."""
     values: dict[str, Any] = {"start": start, "data": data.report.fingerprint, "world_size": config.world_size}
-    for part in (args.model, args.data, args.lora):
-        values |= dataclasses.asdict(part)
-    given = {
+    values["weights of the start"] = " + ".join(
+        (link.get("fingerprint") or link.get("sha256") or "")[:16] for link in lineage
+    )
+    for part in (args.model, args.data, args.lora, args.own):
+        values |= dataclasses.asdict(part) if part else {}
+    values |= {
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in COMMON or f.name in LEARNING
     }
-    values |= given
     values.pop("model_name_or_path")
     return {
         k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
@@ -160,11 +202,11 @@ def identity(args: StageArguments, start: str, config: Any, data: PreparedData) 
     }
 
 
-LEARNING = {
-    "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "beta", "loss_type",
-    "loss_weights", "label_smoothing", "label_smoothing_factor", "packing",
-}  # fmt: skip
+def reference_key(args: StageArguments, start: str, config: Any, data: PreparedData) -> str:
+    """What decides the log-probabilities of a start, cheap to know and safe: hashes of weights and data, precision."""
+    values = identity(args, start, describe_lineage(start), config, data)
+    names = ("weights of the start", "data", "quantization", "dtype", "rope_scaling", "max_length", "bf16", "fp16")
+    return str([values[name] for name in names] + [args.model.attn_implementation])
 
 
 def trained_thinking(train: Any, thinking: str) -> str:
@@ -184,41 +226,6 @@ def planned_steps(trainer: Any) -> int:
     return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
 
 
-class RefuseNonFinite(TrainerCallback):
-    """Stop when the loss is no longer a number, before a broken model is saved over a good one."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise ValueError(
-                f"step {state.global_step}: the training loss is {loss}; lower --learning_rate, or use --bf16 instead "
-                "of --fp16"
-            )
-
-
-# What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.
-SHOWN = {
-    "loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity", "mean_token_accuracy": "accuracy",
-    "eval_token_accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin",
-    "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "margin", "grad_norm": "gradient",
-    "learning_rate": "rate",
-}  # fmt: skip
-
-
-class StageLines(TrainerCallback):
-    """A log line for people instead of the trainer's dictionary."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        parts = [f"{name} {float(logs[key]):.4g}" for key, name in SHOWN.items() if key in (logs or {})]
-        if state.is_world_process_zero and parts:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), file=sys.stdout)
-            sys.stdout.flush()
-
-
-class StageProgress(StageLines, ProgressCallback):
-    """The same beside the trainer's progress bar."""
-
-
 def run_stage(
     trainer: Any,
     args: StageArguments,
@@ -230,6 +237,9 @@ def run_stage(
 ) -> dict[str, Any]:
     """Announce, resume, train, evaluate and save; the same for every stage.
 
+    A run that has finished is not repeated; without training (--do_eval alone) the model is evaluated as it is, and
+    the record of a training in the same folder stays what it was.
+
     Args:
         start: path of the model that the stage went on from.
         stop_token_ids: ids at which generation with the result stops.
@@ -237,87 +247,132 @@ def run_stage(
         extra: further entries for run.json.
 
     Returns:
-        The content of run.json.
+        The content of run.json; without training, of evaluation.json.
     """
     config, output = trainer.args, Path(args.run.output_dir)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(StageProgress() if not config.disable_tqdm else StageLines())
     trainer.add_callback(RefuseNonFinite())
-    own_identity = identity(args, start, config, data)
-    trained = sum(
-        p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in trainer.model.parameters() if p.requires_grad
-    )
-    total = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in trainer.model.parameters())
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if p.requires_grad}
-    record: dict[str, Any] = {
-        "stage": args.stage,
-        "finished": False,
-        "started_at": timestamp(),
-        "command": [f"{args.stage}", *args.command],
-        "arguments": {
-            **dataclasses.asdict(args.model),
-            **dataclasses.asdict(args.data),
-            **dataclasses.asdict(args.lora),
-            "library": without_secrets(config.to_sanitized_dict()),
-        },
-        "start": start,
-        "max_length": args.data.max_length,
-        "thinking": trained_thinking(data.train, args.data.thinking),
-        "lineage": describe_lineage(start),
-        "data": data.report.to_dict(),
-        "versions": versions(),
-        "world_size": config.world_size,
-        "trained_dtype": sorted(dtypes),
-        "trained_parameters": trained,
-        "parameters": total,
-        **(extra or {}),
-    }
+    record = describe_run(trainer, args, data, start, extra or {})
     say(
         *data.report.lines(),
         "example row (trained part marked):",
         example,
-        f"training {trained:,} of {total:,} parameters in {'/'.join(sorted(dtypes))} on {config.world_size} x "
-        f"{config.device.type}",
+        f"training {record['trained_parameters']:,} of {record['parameters']:,} parameters in "
+        f"{'/'.join(record['trained_dtype'])} on {config.world_size} x {config.device.type}",
     )
-    checkpoint = resume_from(args, own_identity, output)
-    record["identity"] = own_identity
+    if not config.do_train:
+        record["evaluation"] = trainer.evaluate()
+        finish(trainer, record, output, "evaluation.json")
+        return record
+    checkpoint = resume_from(args, record["identity"], output)
+    earlier = read_json(output / "run.json")
+    if args.run.resume == "auto" and earlier.get("finished") and earlier.get("identity") == record["identity"]:
+        say("this very run has finished already: nothing is trained again (--resume never starts anew)")
+        finish(trainer, earlier, output)
+        return earlier
     if main_process():
         write_json(output / "run.json", record)
-    if config.do_train:
-        steps = planned_steps(trainer)
-        say(f"{steps} optimiser steps over {len(trainer.train_dataset):,} sequences to come")
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        tokens = trainer._total_train_tokens
-        resumed_step = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else -1
-        evaluating = sum(e.get("eval_runtime", 0) for e in trainer.state.log_history if e["step"] > resumed_step)
-        seconds = result.metrics["train_runtime"] - evaluating
-        record["training"] = {
-            "steps": trainer.state.global_step,
-            "epochs": trainer.state.epoch,
-            "loss": result.training_loss,
-            "tokens": tokens,
-            "seconds": round(seconds, 2),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-            "resumed_from": str(checkpoint) if checkpoint else None,
-        }
-    if trainer.eval_dataset is not None:
+    record["training"] = train(trainer, checkpoint)
+    if trainer.eval_dataset is not None and config.eval_strategy != "no":
         # The trainer may have evaluated after the last step already.
         done = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
         record["evaluation"] = done[-1] if done else trainer.evaluate()
-    if config.do_train:
-        save_result(trainer, output, stop_token_ids)
-        adapter = output / "adapter_model.safetensors"
-        record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
-    record |= {"finished": bool(config.do_train), "finished_at": timestamp(), "peak_memory_bytes": peak_memory_bytes()}
+    require_finite_weights(trainer)
+    save_result(trainer, output, stop_token_ids)
+    adapter = output / ADAPTER_WEIGHTS
+    record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
+    record["finished"] = True
     if main_process():
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
-        write_json(output / "run.json", record)
+    finish(trainer, record, output, "run.json")
+    return record
+
+
+def describe_run(
+    trainer: Any, args: StageArguments, data: PreparedData, start: str, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says before the training: what is trained, on what, from where, with what."""
+    config, lineage = trainer.args, describe_lineage(start)
+    sizes = [(getattr(p, "ds_numel", None) or p.numel(), p) for p in trainer.model.parameters()]
+    return {
+        "stage": args.stage,
+        "finished": False,
+        "started_at": timestamp(),
+        "command": [args.stage, *args.command],
+        "arguments": {
+            **dataclasses.asdict(args.model),
+            **dataclasses.asdict(args.data),
+            **dataclasses.asdict(args.lora),
+            **(dataclasses.asdict(args.own) if args.own else {}),
+            "library": without_secrets(config.to_sanitized_dict()),
+        },
+        "start": start,
+        "max_length": args.data.max_length,
+        "positions": positions_of(trainer.model.config),
+        "thinking": trained_thinking(data.train, args.data.thinking),
+        "lineage": lineage,
+        "data": data.report.to_dict(),
+        "versions": versions(),
+        "world_size": config.world_size,
+        "trained_dtype": sorted({str(p.dtype).removeprefix("torch.") for _, p in sizes if p.requires_grad}),
+        "trained_parameters": sum(size for size, p in sizes if p.requires_grad),
+        "parameters": sum(size for size, _ in sizes),
+        "identity": identity(args, start, lineage, config, data),
+        **extra,
+    }
+
+
+def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
+    """Train to the last step and say what that took; time and speed are those since the checkpoint, if there is one."""
+    packs = trainer.train_dataset
+    say(
+        f"{planned_steps(trainer)} optimiser steps to come, over {len(packs.rows):,} rows in {len(packs):,} sequences"
+        f" of {packs.tokens / len(packs):,.0f} tokens on average"
+    )
+    resumed = checkpoint_step(checkpoint) if checkpoint else -1
+    before = read_json(checkpoint / "trainer_state.json")["num_input_tokens_seen"] if checkpoint else 0
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    tokens, history = trainer.state.num_input_tokens_seen, trainer.state.log_history
+    evaluating = sum(entry.get("eval_runtime", 0) for entry in history if entry["step"] > resumed)
+    seconds = result.metrics["train_runtime"] - evaluating
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "loss": result.training_loss if trainer.state.global_step > resumed else losses[-1],
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
+        "resumed_from": str(checkpoint) if checkpoint else None,
+    }
+
+
+def require_finite_weights(trainer: Any) -> None:
+    """Refuse to save weights that hold NaN or infinity; every rank takes part."""
+    broken = [
+        name for name, p in trainer.model.named_parameters() if p.requires_grad and not torch.isfinite(p.data).all()
+    ]
+    found = trainer.accelerator.gather(torch.tensor([len(broken)], device=trainer.args.device))
+    if found.sum() > 0:
+        where = broken[0] if broken else "weights on another rank"
+        raise ValueError(
+            f"{where}: holds NaN or infinity after the training, nothing is saved; lower --learning_rate, or use "
+            "--bf16 instead of --fp16"
+        )
+
+
+def finish(trainer: Any, record: dict[str, Any], output: Path, file: str | None = None) -> None:
+    """Write the record, say how it ended, and leave the process group; every rank takes part."""
+    if file:
+        record |= {"finished_at": timestamp(), "peak_memory_bytes": peak_memory_bytes()}
+        if main_process():
+            write_json(output / file, record)
     trainer.accelerator.wait_for_everyone()
-    say(*closing_lines(record, output))
+    say(*closing_lines(record, output / file if file == "evaluation.json" else output))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return record
 
 
 def resume_from(args: StageArguments, own_identity: dict[str, Any], output: Path) -> Path | None:
@@ -328,11 +383,13 @@ def resume_from(args: StageArguments, own_identity: dict[str, Any], output: Path
     if torch.distributed.is_initialized() and main_process():
         torch.distributed.barrier()
     say(*lines)
-    recorded = read_json(output / "run.json").get("identity") if checkpoint and args.run.resume == "auto" else None
-    if recorded and (difference := identity_difference(recorded, own_identity)):
+    earlier = read_json((checkpoint.parent if checkpoint else output) / "run.json")
+    if args.run.resume == "never" or not (checkpoint or earlier.get("finished")):
+        return checkpoint
+    if (recorded := earlier.get("identity")) and (difference := identity_difference(recorded, own_identity)):
         raise ValueError(
-            f"--output_dir {output}: holds checkpoints of another run ({difference}); give another --output_dir, or "
-            "--resume never to start anew"
+            f"{checkpoint or output}: is of another run ({difference}); give another --output_dir, or --resume never "
+            "to start anew"
         )
     return checkpoint
 
@@ -342,9 +399,6 @@ def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:
     trainer.model.config.use_cache = True  # switched off for training only
     trainer.save_model(str(output))
     if main_process():
-        shutil.rmtree(
-            output / "ref", ignore_errors=True
-        )  # the frozen copy of a quantised adapter: the reference of this run
         umask = os.umask(0)
         os.umask(umask)
         for weights in output.glob("*.safetensors"):  # written for the owner alone: give them the usual permissions
@@ -353,21 +407,3 @@ def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:
         tokenizer.save_pretrained(output)
         stops = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
         GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(output)
-
-
-def closing_lines(record: dict[str, Any], output: Path) -> list[str]:
-    lines = []
-    if training := record.get("training"):
-        lines.append(
-            f"trained {training['steps']} steps, {training['tokens']:,} tokens at "
-            f"{training['tokens_per_second']:,.0f} tokens/s; mean loss {training['loss']:.4f}; "
-            f"peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB"
-        )
-    if evaluation := record.get("evaluation"):
-        shown = {
-            "eval_loss": "loss", "eval_perplexity": "perplexity", "eval_token_accuracy": "token accuracy",
-            "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "reward margin",
-        }  # fmt: skip
-        parts = [f"{name} {evaluation[key]:.4f}" for key, name in shown.items() if key in evaluation]
-        lines.append("held out: " + ", ".join(parts))
-    return [*lines, f"wrote {output}"]

@@ -32,7 +32,7 @@ def find_base(base: str | None, folders: dict[str, str]) -> tuple[str, dict[str,
         ValueError: they stand on different bases, or one was not trained on what is under it.
     """
     from suwen.adapters import plan_merge
-    from suwen.models import resolve_lineage
+    from suwen.lineage import resolve_lineage
 
     root = resolve_lineage(base)[0] if base else None
     lineages = {name: resolve_lineage(folder) for name, folder in folders.items()}
@@ -52,7 +52,7 @@ def load_adapters(model: Any, chains: dict[str, list[str]]) -> tuple[Any, Chains
     """
     from peft import PeftModel
 
-    from suwen.adapters import adapter_shapes
+    from suwen.lineage import adapter_shapes
 
     rows = model.get_input_embeddings().weight.shape[0]
     loaded: dict[str, str] = {}  # folder -> PEFT's name for it

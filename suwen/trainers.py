@@ -1,67 +1,283 @@
-"""TRL's trainers on rows that our encoder has already turned into ids."""
+"""The training loops of the stages: transformers' Trainer on packed rows, scored without logits."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
-from trl import DPOTrainer, SFTTrainer
+
+from suwen.batches import collate_pairs, collate_rows, pair_length
+from suwen.packing import BalancedSampler, Packs, pack_best_fit
+from suwen.preference import PairLogps, preference_loss, sum_by_answer
+from suwen.probe import gathered_module_by_module
 
 
-def train_in_float32(trainer: Any) -> None:
-    """Keep what is trained in float32: TRL casts QLoRA adapters to bfloat16, where small updates are lost.
+def num_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a batch that are no padding."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
-    DeepSpeed keeps float32 masters of its own and wants one dtype per model, so nothing is changed there.
+
+class PackedTrainer(Trainer):
+    """Trains on packs of rows; the loss is a mean over all items of an optimiser step, on all ranks.
+
+    A subclass says how long a row is, how packs become a batch, what the items are, and what is measured of a batch.
     """
-    if not trainer.is_deepspeed_enabled:
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
 
+    row_length: Callable[[dict[str, Any]], int]
+    collate: Callable[..., dict[str, Any]]
 
-class LanguageModelTrainer(SFTTrainer):
-    """Next-token training on rows of input_ids and labels; evaluation averages over tokens, not over batches."""
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        max_length: int,
+        packing: bool = True,
+        padding: bool = False,
+        peft_config: LoraConfig | None = None,
+        pure_bf16: bool = False,
+    ) -> None:
+        """
+        Args:
+            train_dataset, eval_dataset: encoded rows; None for no evaluation.
+            max_length: tokens in a pack, at most; a single longer row is a pack of its own.
+            packing: several rows in a sequence.
+            padding: rows side by side instead of one behind another, for models that cannot keep them apart.
+            peft_config: a new adapter to be trained; None to train what requires gradients.
+            pure_bf16: leave weights in training in 16 bit; else they are float32, under DeepSpeed by its masters.
+        """
+        model = get_peft_model(model, peft_config) if peft_config is not None else model
+        args.remove_unused_columns = False
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        capacity = max_length if packing and not padding else 0
+        at_once = args.per_device_eval_batch_size  # rows or packs, joined to one pack: these are counted one by one
+        args.per_device_eval_batch_size = 1
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=partial(type(self).collate, pad_token_id=processing_class.pad_token_id if padding else None),
+            train_dataset=self.packs(train_dataset, capacity),
+            eval_dataset=self.packs(eval_dataset, capacity * at_once, at_once) if eval_dataset is not None else None,
+            processing_class=processing_class,
+        )
+        if not pure_bf16 and not self.is_deepspeed_enabled:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+        self.loss_is_scaled_for_ga = True
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not pure_bf16:
-            train_in_float32(self)
-        self._sums: list[torch.Tensor] = []
+    @classmethod
+    def packs(cls, rows: Any, capacity: int, at_once: int = 1) -> Packs:
+        """Packs of up to `capacity` tokens; without a capacity `at_once` rows of about the same length."""
+        lengths = np.array([cls.row_length(row) for row in rows], dtype=np.int64)
+        if not capacity:
+            order = np.argsort(lengths, kind="stable") if at_once > 1 else np.arange(len(rows))
+            return Packs(rows, np.split(order, range(at_once, len(rows), at_once)), lengths)
+        return Packs(rows, pack_best_fit(lengths, max(capacity, int(lengths.max(initial=0)))), lengths)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        group = self.args.per_device_train_batch_size * self.args.world_size
+        return BalancedSampler((train_dataset or self.train_dataset).costs, group, seed)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        items = sum(self.num_items(batch) for batch in batch_samples)
+        tokens = sum(num_tokens(batch) for batch in batch_samples)
+        if self.args.world_size > 1:
+            items, tokens = self.accelerator.gather(torch.tensor([[items, tokens]], device=device)).sum(0).tolist()
+        self.state.num_input_tokens_seen += tokens
+        return torch.tensor(max(items, 1), device=device)
+
+    def num_items(self, batch: dict[str, Any]) -> int:
+        """What the loss of a batch is a mean of."""
+        return int(batch["score_labels"].numel())
+
+    def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss summed over the items of a batch, and sums for its metrics."""
+        raise NotImplementedError
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics from sums over many batches."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss, sums = self.measure(model, inputs)
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        # Ranks' gradients are averaged, the loss is divided by the items of all of them
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.sums:
+            logs |= self.metrics(self.gathered(self.sums)) | {"num_tokens": self.state.num_input_tokens_seen}
+            self.sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def gathered(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        values = self.accelerator.gather(torch.stack(list(sums.values()))[None]).sum(0)
+        return dict(zip(sums, values.tolist(), strict=True))
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        # One line a sequence, so that gather_for_metrics can drop the copies that fill the last distributed batch.
-        sums = [x.detach().double().sum(dim=-1) for x in (-outputs.log_probs, outputs.label_mask, outputs.is_top1)]
-        self._sums.append(self.accelerator.gather_for_metrics(torch.stack(sums, dim=-1)))
-        loss = sums[0].sum() / sums[1].sum().clamp(min=1)
-        return loss.float(), None, None
+            loss, sums = self.measure(model, inputs)
+        # One line a batch, so that gather_for_metrics can drop the copies that fill the last distributed batch
+        values = torch.stack([value.double() for value in sums.values()])
+        self.evaluated.append(self.accelerator.gather_for_metrics(values[None]))
+        self.evaluated_names = list(sums)
+        return loss.detach().float() / max(self.num_items(inputs), 1), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._sums = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nll, tokens, correct = torch.cat(self._sums).sum(dim=0).tolist()
-        loss = nll / max(tokens, 1)
-        output.metrics.update(
-            {
-                f"{metric_key_prefix}_loss": loss,
-                f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
-                f"{metric_key_prefix}_token_accuracy": correct / max(tokens, 1),
-            }
-        )
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        self.evaluated: list[torch.Tensor] = []
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        values = torch.cat(self.evaluated).sum(0).tolist()
+        found = self.metrics(dict(zip(self.evaluated_names, values, strict=True)))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of the last step leaves nothing to train: the library would take one step more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
-class PreferenceTrainer(DPOTrainer):
-    """DPO (Rafailov et al. 2023, arXiv:2305.18290) on rows of prompt_ids, chosen_ids and rejected_ids."""
 
-    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not pure_bf16:
-            train_in_float32(self)
+class LanguageModelTrainer(PackedTrainer):
+    """Next-token training on rows of input_ids and labels; the loss is a mean over trained tokens."""
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
+    row_length = staticmethod(lambda row: len(row["input_ids"]))
+    collate = staticmethod(collate_rows)
+
+    def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scored = model(**batch)
+        loss = -scored.logps.sum()
+        tokens = torch.tensor(scored.logps.numel(), device=loss.device)
+        return loss, {"nll": loss, "correct": scored.correct.sum(), "tokens": tokens}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        tokens = max(sums["tokens"], 1)
+        loss = sums["nll"] / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": sums["correct"] / tokens}
+
+
+class PairTrainer(PackedTrainer):
+    """DPO and its relatives on rows of prompt_ids, chosen_ids and rejected_ids; the loss is a mean over pairs.
+
+    The reference is the model as it is before the first step. Its log-probabilities are computed once, by
+    `compute_reference`, so there is never a second model or a second adapter in memory.
+    """
+
+    row_length = staticmethod(pair_length)
+    collate = staticmethod(collate_pairs)
+
+    def __init__(self, *, settings: Any, **kwargs: Any) -> None:
+        """`settings`: beta, loss_type, label_smoothing and sft_weight, see `suwen.preference.preference_loss`."""
+        self.settings = settings
+        super().__init__(**kwargs)
+        for module in self.model.modules():  # the policy is compared with its reference without noise
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    def num_items(self, batch: dict[str, Any]) -> int:
+        return batch["num_pairs"]
+
+    def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        batch = dict(batch)
+        reference = PairLogps(*batch.pop("reference_logps").unbind(1))
+        policy, lengths = self.pair_logps(model, batch)
+        given = self.settings
+        losses = preference_loss(policy, reference, lengths, given.beta, given.loss_type, given.label_smoothing)
+        if given.sft_weight:
+            losses = losses - given.sft_weight * policy.chosen / lengths.chosen
+        chosen = given.beta * (policy.chosen - reference.chosen).detach()
+        rejected = given.beta * (policy.rejected - reference.rejected).detach()
+        return losses.sum(), {
+            "pairs": torch.tensor(len(losses), device=losses.device),
+            "loss": losses.detach().sum(),
+            "rewards/chosen": chosen.sum(),
+            "rewards/rejected": rejected.sum(),
+            "rewards/accuracies": (chosen > rejected).sum(),
+            "rewards/margins": (chosen - rejected).sum(),
+            "logps/chosen": policy.chosen.detach().sum(),
+            "logps/rejected": policy.rejected.detach().sum(),
+        }
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {name: value / max(sums["pairs"], 1) for name, value in sums.items() if name != "pairs"}
+
+    @staticmethod
+    def pair_logps(model: Any, batch: dict[str, Any]) -> tuple[PairLogps, PairLogps]:
+        owners, num_pairs = batch.pop("owners"), batch.pop("num_pairs")
+        return sum_by_answer(model(**batch).logps, owners, num_pairs)
+
+    def compute_reference(self, cache_dir: Path, key: str) -> None:
+        """Log-probabilities of all answers under the model as it is now, kept for the training; from the disk if there.
+
+        Args:
+            key: everything that decides them: data, model, lengths, precision.
+        """
+        for name in ("train_dataset", "eval_dataset"):
+            if (packs := getattr(self, name)) is None:
+                continue
+            numbers = hashlib.sha256(
+                b"".join(pack.astype(np.int64).tobytes() + b";" for pack in packs.packs)
+            ).hexdigest()
+            file = cache_dir / f"reference-{hashlib.sha256(f'{key} {name} {numbers}'.encode()).hexdigest()[:24]}.npy"
+            if file.is_file():
+                found = np.load(file, allow_pickle=False)
+            else:
+                found = self.reference_logps(packs, name.removesuffix("_dataset"))
+                if self.args.process_index == 0:
+                    cache_dir.mkdir(parents=True, exist_ok=True)
+                    temporary = file.with_name(f"{file.stem}.tmp.npy")
+                    np.save(temporary, found, allow_pickle=False)
+                    temporary.replace(file)
+            packs.rows = packs.rows.add_column("reference_logps", list(found.astype(np.float32)))
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def reference_logps(self, packs: Packs, title: str) -> np.ndarray:
+        """(rows, 2) log-probabilities of the better and the worse answer, in the precision of the training."""
+        rank, world, device = self.args.process_index, self.args.world_size, self.args.device
+        if not is_deepspeed_zero3_enabled() and not getattr(self.model, "is_quantized", False):
+            self.model.to(device)
+        self.model.eval()
+        found = torch.zeros(len(packs.rows), 2, dtype=torch.float64, device=device)
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        gather = gathered_module_by_module(self.model) if is_deepspeed_zero3_enabled() else nullcontext()
+        with gather, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            # Ranks take turns; under ZeRO-3 all must make the same number of calls, so some repeat the last pack
+            steps = range(rank, -(-len(packs) // world) * world, world)
+            for number in tqdm(steps, desc=f"reference ({title})", disable=rank > 0 or self.args.disable_tqdm):
+                at = min(number, len(packs) - 1)
+                batch = self._prepare_inputs(self.data_collator([packs[at]]))
+                policy, _ = self.pair_logps(self.model, batch)
+                if number == at:
+                    found[packs.packs[at]] = torch.stack(policy, dim=1).double()
+        if world > 1:
+            torch.distributed.all_reduce(found)
+        return found.cpu().numpy()

@@ -198,7 +198,7 @@ def test_one_process_for_each_visible_gpu(tree, visible, processes):
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     path = nvidia_smi(tree, *["580.95.05, 9.0"] * 4)
     result = call(tree, "run_sft.sh", DRY_RUN="1", PYTHONPATH=installed(tree, "13.0"), PATH=path, **variables)
-    found = re.search(r"accelerate.commands.launch .*configs/ddp.yaml.* --num_processes (\d+) ", result.stdout)
+    found = re.search(r"configs/launch.py .*configs/ddp.yaml.* --num_processes (\d+) ", result.stdout)
     assert (int(found[1]) if found else min(processes, 1)) == processes
     assert ("No GPU in use" in result.stderr) == (processes == 0)
 

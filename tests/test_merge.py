@@ -15,9 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import merge_peft_adapter
-from suwen.adapters import weights_fingerprint
+from suwen.adapters import plan_merge
+from suwen.lineage import file_sha256, weights_fingerprint
 from suwen.merging import build_probes, merge_adapters
-from suwen.models import file_sha256, load_causal_lm
+from suwen.models import load_causal_lm, load_config, positions_of, scale_rope
+from suwen.serving import load_with_adapters
 
 ROOT = Path(__file__).parents[1]
 ROWS = 288  # 259 tokens and padding; bitsandbytes needs multiples of 32
@@ -424,12 +426,28 @@ def test_weights_are_sharded_by_max_shard_size(base, adapter, tmp_path, quiet):
 
 def test_the_rope_scaling_of_the_training_is_part_of_the_merged_model(base, adapter, tmp_path, quiet):
     shutil.copytree(adapter, tmp_path / "adapter")
-    arguments = {"quantization": "none", "rope_scaling": "linear", "max_length": 256}
-    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"arguments": arguments}))
+    config = load_config(base)
+    scale_rope(config, "linear", 2 * config.max_position_embeddings)
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"positions": positions_of(config)}))
     merge_adapters(base, [str(tmp_path / "adapter")], str(tmp_path / "m"), device="cpu", log=quiet)
-    config = load_plain(tmp_path / "m").config
-    assert (config.rope_parameters["rope_type"], config.rope_parameters["factor"]) == ("linear", 2.0)
-    assert config.max_position_embeddings == 256
+    merged = load_plain(tmp_path / "m")
+    assert positions_of(merged.config) == positions_of(config) and config.rope_parameters["factor"] == 2.0
+    served, _ = load_with_adapters(None, [str(tmp_path / "adapter")], "float32", "none", "cpu")
+    torch.testing.assert_close(logits_of(served), logits_of(merged), atol=1e-5, rtol=0)
+
+
+def test_lora_on_one_of_two_tied_tables_parts_them_wherever_it_is_merged(tmp_path):
+    base = write_base(tmp_path / "base", tied=True)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    expected = logits_of(PeftModel.from_pretrained(load_plain(base), adapter).eval())
+    assert (expected - logits_of(load_plain(base))).abs().max() > 0.01
+    served, _ = load_with_adapters(None, [adapter], "float32", "none", "cpu")
+    for model in (load_causal_lm(adapter), served):
+        torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=0)
+
+
+def test_a_base_on_the_hub_that_is_not_here_yet_is_no_other_base(adapter):
+    assert plan_merge("some/model", [adapter]).base == "some/model"
 
 
 def test_the_probes_are_the_same_in_every_run_and_within_the_vocabulary(base):

@@ -1,6 +1,7 @@
 """The stage scripts on a tiny model: what they leave, how they follow one another, what they refuse."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dpo_training
 import pretraining
 import supervised_finetuning
-from suwen.models import load_causal_lm, resolve_lineage
+from suwen.lineage import resolve_lineage
+from suwen.models import load_causal_lm, load_config
 from template import TEMPLATES
 
 pytestmark = pytest.mark.training
@@ -163,7 +165,9 @@ def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization
     record = run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora)
     assert record["trained_dtype"] == ["float32"]
     history = json.loads((tmp_path / "dpo" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    assert history[0]["loss"] == pytest.approx(0.6931, abs=2e-4), "the reference is the adapter as it was"
+    # LLM.int8 has another kernel for inference than for training
+    tolerance = 1e-5 if quantization == "4bit" else 1e-4
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=tolerance), "the reference is the adapter as it was"
     first, second = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
     assert first.keys() == second.keys()
     assert any((first[key] != second[key]).any() for key in first)
@@ -248,6 +252,77 @@ def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
     assert list((tmp_path / "sft").glob("earlier-*/checkpoint-2"))
 
 
+def test_a_finished_run_is_not_repeated(base, tmp_path, capsys):
+    record = run_stage("sft", base, tmp_path, "--max_steps", "2")
+    weights = (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns
+    assert run_stage("sft", base, tmp_path, "--max_steps", "2") == record
+    assert "has finished already" in capsys.readouterr().out
+    assert (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_run_killed_before_its_result_was_saved_only_saves_it(base, tmp_path):
+    flags = ["--max_steps", "3", "--save_steps", "1", "--logging_steps", "1"]
+    record = run_stage("sft", base, tmp_path, *flags)
+    out = tmp_path / "sft"
+    saved = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({**record, "finished": False}))
+    again = run_stage("sft", base, tmp_path, *flags)
+    assert again["finished"] and again["training"]["steps"] == 3
+    assert again["training"]["tokens"] == record["training"]["tokens"]
+    for name, tensor in load_file(out / "model.safetensors").items():
+        assert torch.equal(tensor, saved[name])
+
+
+def test_evaluation_alone_leaves_the_record_of_the_training(base, tmp_path):
+    record = run_stage("sft", base, tmp_path, "--max_steps", "2")
+    words = [w for w in arguments("sft", str(tmp_path / "sft"), tmp_path) if w != "--do_train"]
+    supervised_finetuning.main(words)
+    assert json.loads((tmp_path / "sft" / "run.json").read_text(encoding="utf-8")) == record
+    alone = json.loads((tmp_path / "sft" / "evaluation.json").read_text(encoding="utf-8"))
+    assert alone["evaluation"]["eval_loss"] == pytest.approx(record["evaluation"]["eval_loss"], rel=1e-5)
+
+
+def test_a_run_without_held_out_rows_trains_and_says_so(base, tmp_path, capsys):
+    flags = ["--max_steps", "1", "--validation_split_fraction", "0"]
+    record = run_stage("sft", base, tmp_path, *flags)
+    assert record["finished"] and "evaluation" not in record
+    assert "no held-out rows" in capsys.readouterr().out
+    words = [w for w in arguments("sft", base, tmp_path, *flags) if w != "--do_train"]
+    with pytest.raises(ValueError, match="--do_eval: found no held-out rows"):
+        supervised_finetuning.main(words)
+
+
+def test_a_run_that_diverges_saves_nothing(base, tmp_path):
+    with pytest.raises(ValueError, match="loss is nan|NaN or infinity"):
+        run_stage("sft", base, tmp_path, "--max_steps", "4", "--learning_rate", "1e30", "--warmup_steps", "0")
+    assert not (tmp_path / "sft" / "model.safetensors").exists()
+    assert not json.loads((tmp_path / "sft" / "run.json").read_text(encoding="utf-8"))["finished"]
+
+
+def test_a_start_that_was_trained_anew_is_another_start(base, tmp_path):
+    run_stage("pt", base, tmp_path, "--max_steps", "1")
+    start = str(tmp_path / "pt")
+    run_stage("sft", start, tmp_path, "--max_steps", "1", "--use_peft")
+    run_stage("pt", base, tmp_path, "--max_steps", "2", "--resume", "never")
+    with pytest.raises(ValueError, match="weights of the start was .* --resume never"):
+        run_stage("sft", start, tmp_path, "--max_steps", "1", "--use_peft")
+    with pytest.raises(ValueError, match="its start .* has changed"):
+        run_stage("dpo", str(tmp_path / "sft"), tmp_path, "--max_steps", "1")
+
+
+def test_stretched_positions_follow_an_adapter_through_the_stages(base, tmp_path):
+    lora = ["--use_peft", "--max_steps", "1"]
+    run_stage("sft", base, tmp_path, *lora, "--rope_scaling", "linear", "--max_length", "1024")
+    record = run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora, "--max_length", "1024")
+    for folder in ("sft", "dpo"):
+        config = load_config(str(tmp_path / folder))
+        assert config.rope_parameters["factor"] == 2.0 and config.max_position_embeddings == 1024
+    assert record["positions"]["rope_parameters"]["rope_type"] == "linear"
+    with pytest.raises(ValueError, match="stretched already"):
+        run_stage("dpo", str(tmp_path / "sft"), tmp_path, *lora, "--rope_scaling", "yarn", "--max_length", "2048")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -260,6 +335,9 @@ def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
         (["--fp16"], "needs a GPU"),
         (["--use_peft", "--target_modules", "W_pack"], "W_pack.*q_proj"),
         (["--resume", "nowhere"], "no whole checkpoint"),
+        (["--do_train", "False", "--do_eval", "False"], "leaves nothing to do"),
+        (["--output_dir", f"{__file__}/out"], "--output_dir .*cannot be written to"),
+        (["--validation_split_percentage", "five"], "found five, expected a number"),
     ],
 )
 def test_a_mistake_gets_one_line(words, expected, base, tmp_path):
@@ -316,6 +394,17 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     assert apart < 0.001 * moved
     losses = [json.loads((f / stage / "run.json").read_text())["evaluation"]["eval_loss"] for f in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_a_mistake_in_two_processes_is_told_once(base, tmp_path):
+    words = arguments("sft", base, tmp_path, "--template_name", "nonesuch")
+    start = [sys.executable, str(ROOT / "configs" / "launch.py"), "--config_file", str(ROOT / "configs" / "ddp.yaml")]
+    start += ["--num_processes", "2", "--num_machines", "1", "--cpu", str(ROOT / SCRIPTS["sft"].__file__)]
+    result = subprocess.run([*start, *words], env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert result.stderr.count("error: unknown --template_name 'nonesuch'") == 1
+    assert "Traceback" not in result.stderr
 
 
 def test_serving_asks_for_thinking_as_the_training_did(base, tmp_path):

@@ -8,13 +8,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_model, tiny_tokenizer
-from transformers import BloomConfig, BloomForCausalLM
-from trl import DPOConfig, SFTConfig
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, TrainingArguments
+from trl import DPOConfig, DPOTrainer
 
+from suwen import attention
+from suwen.arguments import PreferenceArguments
+from suwen.head import add_scoring_head
 from suwen.models import load_base
-from suwen.packing import document_influence, packing_problem
+from suwen.probe import packing_problem
+from suwen.rows import rows_of_pair
 from suwen.stage import planned_steps
-from suwen.trainers import LanguageModelTrainer, PreferenceTrainer
+from suwen.trainers import LanguageModelTrainer, PairTrainer
 
 pytestmark = pytest.mark.training
 VOCABULARY = 320  # of the tokenizer's 600
@@ -43,28 +47,47 @@ def pairs(count: int, seed: int = 0) -> Dataset:
     )
 
 
-def settings(cls: type, folder: Path, **given):
+def settings(folder: Path, **given):
     defaults = {
-        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": [], "max_length": 64,
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": [],
         "per_device_train_batch_size": 8, "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.5,
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1, "save_strategy": "no",
-        "logging_steps": 1,
+        "logging_steps": 1, "logging_nan_inf_filter": False,
         "per_device_eval_batch_size": 1, "seed": 1, "disable_tqdm": True,
     }  # fmt: skip
-    return cls(**defaults | given)
+    return TrainingArguments(**defaults | given)
 
 
-def train(cls, config, dataset, tokenizer, **options):
+def scoring_model(model=None):
+    model = model or tiny_model(tiny_tokenizer())
+    add_scoring_head(model)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def train(cls, config, dataset, **options):
     torch.manual_seed(3)
+    if cls is PairTrainer:
+        options.setdefault("settings", PreferenceArguments())
     trainer = cls(
-        model=options.pop("model", None) or tiny_model(tiny_tokenizer()),
+        model=options.pop("model", None) or scoring_model(),
         args=config,
         train_dataset=dataset,
-        processing_class=tokenizer,
+        eval_dataset=options.pop("eval_dataset", None),
+        processing_class=padded_tokenizer(),
+        max_length=64,
         **options,
     )
+    if cls is PairTrainer:
+        trainer.compute_reference(Path(config.output_dir) / "cache", "")
     trainer.train()
     return trainer
+
+
+def padded_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def weights(trainer) -> torch.Tensor:
@@ -78,52 +101,119 @@ def assert_same_weights(one, other, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(weights(one), weights(other), atol=tolerance, rtol=0)
 
 
-def test_packed_rows_give_the_step_of_single_rows(tmp_path):
-    tokenizer, data = tiny_tokenizer(), rows(8)
-    packed = train(LanguageModelTrainer, settings(SFTConfig, tmp_path / "a", packing=True), data, tokenizer)
+@pytest.mark.parametrize("other", [{"packing": False}, {"padding": True}], ids=["one by one", "padded"])
+def test_packed_rows_give_the_step_of_single_rows(tmp_path, other):
+    data = rows(8)
+    packed = train(LanguageModelTrainer, settings(tmp_path / "a"), data)
     assert len(packed.train_dataset) < len(data)
-    single = train(LanguageModelTrainer, settings(SFTConfig, tmp_path / "b"), data, tokenizer)
+    single = train(LanguageModelTrainer, settings(tmp_path / "b"), data, **other)
     assert_same_weights(packed, single)
     assert packed.state.log_history[0]["loss"] == pytest.approx(single.state.log_history[0]["loss"], abs=1e-5)
 
 
-def test_a_batch_of_four_is_four_accumulated_batches_of_one(tmp_path):
-    tokenizer, data = tiny_tokenizer(), rows(4)
-    batch = train(
-        LanguageModelTrainer, settings(SFTConfig, tmp_path / "a", per_device_train_batch_size=4), data, tokenizer
-    )
-    config = settings(SFTConfig, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    assert_same_weights(batch, train(LanguageModelTrainer, config, data, tokenizer))
+@pytest.mark.parametrize("cls", [LanguageModelTrainer, PairTrainer])
+def test_a_batch_of_four_is_four_accumulated_batches_of_one(tmp_path, cls):
+    data, rate = (rows(4), 0.5) if cls is LanguageModelTrainer else (pairs(4), 5.0)
+    config = settings(tmp_path / "a", per_device_train_batch_size=4, learning_rate=rate)
+    batch = train(cls, config, data, packing=False)
+    config = settings(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, learning_rate=rate)
+    assert_same_weights(batch, train(cls, config, data, packing=False))
 
 
-def test_a_batch_of_four_pairs_is_four_accumulated_pairs(tmp_path):
-    tokenizer, data = tiny_tokenizer(), pairs(4)
-    common = {"max_length": None, "learning_rate": 5.0, "precompute_ref_log_probs": True}
-    batch = train(
-        PreferenceTrainer, settings(DPOConfig, tmp_path / "a", per_device_train_batch_size=4, **common), data, tokenizer
-    )
-    config = settings(DPOConfig, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **common)
-    assert_same_weights(batch, train(PreferenceTrainer, config, data, tokenizer))
+def test_twenty_steps_give_the_losses_of_a_plain_loop(tmp_path):
+    data = rows(40, seed=4)
+    config = settings(
+        tmp_path, max_steps=20, per_device_train_batch_size=1, gradient_accumulation_steps=2, optim="adamw_torch",
+        learning_rate=3e-3, max_grad_norm=1.0, train_sampling_strategy="sequential", num_train_epochs=1,
+    )  # fmt: skip
+    trainer = train(LanguageModelTrainer, config, data, packing=False)
+    found = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+    model = tiny_model(tiny_tokenizer()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    expected = []
+    for step in range(20):
+        batch = [data[2 * step], data[2 * step + 1]]
+        nll, tokens = torch.zeros(()), 0
+        for row in batch:
+            labels = torch.tensor(row["labels"])[1:]
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            nll = nll + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            tokens += int((labels != -100).sum())
+        (nll / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((nll / tokens).item())
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < expected[0]
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_first_dpo_loss_is_ln_2(tmp_path, lora):
-    config = settings(DPOConfig, tmp_path, max_length=None, precompute_ref_log_probs=not lora)
     options = {"peft_config": LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")} if lora else {}
-    trainer = train(PreferenceTrainer, config, pairs(8), tiny_tokenizer(), **options)
+    trainer = train(PairTrainer, settings(tmp_path), pairs(8), **options)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert trainer.ref_model is None, "the reference must not be a second model in memory"
 
 
-def test_evaluation_averages_over_tokens(tmp_path):
-    data = rows(7, seed=5, longest=60)
-    trainer = train(
-        LanguageModelTrainer,
-        settings(SFTConfig, tmp_path, per_device_eval_batch_size=3),
-        rows(4),
-        tiny_tokenizer(),
-        eval_dataset=data,
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"])
+def test_pairs_take_the_steps_of_trl(tmp_path, loss_type, padding):
+    data, smoothing = pairs(6), 0.1 if loss_type == "robust" else 0.0  # TRL has it in no other of these
+    given = PreferenceArguments(beta=0.3, loss_type=loss_type, label_smoothing=smoothing)
+    rate = {"ipo": 0.02, "sigmoid_norm": 2.0}.get(loss_type, 0.5)
+    config = settings(tmp_path / "a", max_steps=3, learning_rate=rate)
+    ours = train(PairTrainer, config, data, settings=given, padding=padding)
+
+    class Encoded(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    torch.manual_seed(3)
+    config = DPOConfig(
+        **{k: v for k, v in settings(tmp_path / "b", max_steps=3, learning_rate=rate).to_dict().items()
+           if k in ("output_dir", "use_cpu", "bf16", "report_to", "per_device_train_batch_size", "optim",
+                    "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "save_strategy",
+                    "logging_steps", "seed", "disable_tqdm")},
+        gradient_checkpointing=False, beta=0.3, loss_type=[loss_type], label_smoothing=smoothing, max_length=None,
+        precompute_ref_log_probs=True,
+    )  # fmt: skip
+    theirs = Encoded(
+        model=tiny_model(tiny_tokenizer()), args=config, train_dataset=data, processing_class=padded_tokenizer()
     )
+    theirs.train()
+    losses = [[e["loss"] for e in t.state.log_history if "grad_norm" in e] for t in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+    assert_same_weights(ours, theirs, tolerance=2e-5)
+
+
+def test_a_pair_packed_with_a_shared_prompt_has_the_log_probabilities_of_two_rows(tmp_path):
+    data = pairs(5)
+    trainer = train(PairTrainer, settings(tmp_path, learning_rate=0.0), data)
+    model = tiny_model(tiny_tokenizer())
+    for pair in trainer.train_dataset.rows:
+        for row, found in zip(rows_of_pair(pair), pair["reference_logps"], strict=True):
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1]
+            expected = -torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_reference_is_read_from_the_disk_the_second_time(tmp_path, monkeypatch):
+    first = train(PairTrainer, settings(tmp_path), pairs(6))
+    monkeypatch.setattr(PairTrainer, "reference_logps", lambda *_: pytest.fail("computed again"))
+    second = train(PairTrainer, settings(tmp_path), pairs(6))
+    assert first.train_dataset.rows["reference_logps"] == second.train_dataset.rows["reference_logps"]
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        train(PairTrainer, settings(tmp_path), pairs(6, seed=1))
+
+
+@pytest.mark.parametrize("other", [{"packing": False}, {"padding": True}])
+def test_evaluation_averages_over_tokens(tmp_path, other):
+    data = rows(7, seed=5, longest=60)
+    config = settings(tmp_path, per_device_eval_batch_size=3)
+    trainer = train(LanguageModelTrainer, config, rows(4), eval_dataset=data, **other)
     found = trainer.evaluate()
     nll, tokens, correct = 0.0, 0, 0
     for row in data:
@@ -139,53 +229,53 @@ def test_evaluation_averages_over_tokens(tmp_path):
     assert found["eval_token_accuracy"] == pytest.approx(correct / tokens)
 
 
-def test_packed_and_padded_evaluation_agree(tmp_path):
-    tokenizer, data = tiny_tokenizer(), rows(9, seed=2)
-    results = []
-    for packing in (True, False):
-        config = settings(SFTConfig, tmp_path / str(packing), packing=packing, learning_rate=0.0)
-        trainer = train(LanguageModelTrainer, config, rows(4), tokenizer, eval_dataset=data)
-        results.append(trainer.evaluate())
-    assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], abs=1e-6)
-
-
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_base_trains_its_adapter_in_float32(tmp_path, quantization):
     tiny_model(tiny_tokenizer()).save_pretrained(tmp_path / "base")
-    model = load_base(str(tmp_path / "base"), torch.float32, quantization, torch.float32, "cpu")
-    config = settings(SFTConfig, tmp_path / "out", packing=True, max_steps=3, optim="adamw_torch", learning_rate=1e-2)
+    model = scoring_model(load_base(str(tmp_path / "base"), torch.float32, quantization, torch.float32, "cpu"))
+    config = settings(tmp_path / "out", max_steps=3, optim="adamw_torch", learning_rate=1e-2)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    trainer = train(LanguageModelTrainer, config, rows(8), tiny_tokenizer(), model=model, peft_config=lora)
+    trainer = train(LanguageModelTrainer, config, rows(8), model=model, peft_config=lora)
     trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
     assert trained == {torch.float32}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
 
 
-def test_the_probe_finds_a_model_that_mixes_documents():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_probe_finds_a_model_that_mixes_rows(tmp_path, pairs):
     torch.manual_seed(0)
-    assert document_influence(tiny_model(tiny_tokenizer()), VOCABULARY) == 0.0
+    config = settings(tmp_path)
+    assert packing_problem(scoring_model(), VOCABULARY, config, pairs) is None
+    plain = tiny_model(tiny_tokenizer())
+    add_scoring_head(plain)
+    # Restarting positions keep rows apart without our attention, but not the two answers of a pair
+    assert (packing_problem(plain, VOCABULARY, config, pairs) is not None) == pairs
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4))
     for parameter in bloom.parameters():  # Bloom's initial weights are so small that nothing moves anything
         parameter.data.normal_(std=0.3)
-    problem = packing_problem(bloom, VOCABULARY)
-    assert problem and "moves the next one's logits" in problem
+    add_scoring_head(bloom)
+    problem = packing_problem(bloom, VOCABULARY, config, pairs)
+    assert problem and "move each other's log-probabilities" in problem
+
+
+def test_a_model_without_rotary_positions_is_packed_too(tmp_path):
+    model = scoring_model(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2)))
+    assert packing_problem(model, VOCABULARY, settings(tmp_path)) is None
 
 
 def test_planned_steps_are_the_steps_taken(tmp_path):
     config = settings(
-        SFTConfig,
-        tmp_path,
-        packing=True,
-        max_steps=-1,
-        num_train_epochs=2,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=3,
+        tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=1, gradient_accumulation_steps=3
     )
-    torch.manual_seed(3)
-    trainer = LanguageModelTrainer(
-        model=tiny_model(tiny_tokenizer()), args=config, train_dataset=rows(20), processing_class=tiny_tokenizer()
-    )
-    planned = planned_steps(trainer)
-    trainer.train()
-    assert trainer.state.global_step == planned
+    trainer = train(LanguageModelTrainer, config, rows(20))
+    assert planned_steps(trainer) == trainer.state.global_step > 2
+
+
+def test_tokens_are_counted_once_and_without_padding(tmp_path):
+    data = rows(9, seed=3)
+    total = sum(len(row["input_ids"]) for row in data)
+    for name, other in (("packed", {}), ("padded", {"padding": True})):
+        config = settings(tmp_path / name, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=2)
+        trainer = train(LanguageModelTrainer, config, data, **other)
+        assert trainer.state.num_input_tokens_seen == 2 * total

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             "--stages: found nothing, expected finished stage folders, e.g. outputs/pt outputs/sft outputs/dpo"
         )
 
-    from suwen.models import read_json
+    from suwen.lineage import read_json
     from suwen.records import write_json
     from suwen.stage import quiet_libraries
 

@@ -1,0 +1,187 @@
+"""The head of a language model without its logits: log-probabilities of chosen tokens at chosen positions.
+
+Of T positions and V tokens only the scored positions are projected, some rows of logits at a time, so memory grows with
+neither T x V nor the number of scored positions times V.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import ModelOutput
+
+CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32
+
+
+@dataclass
+class Scored(ModelOutput):
+    """What a model with a scoring head returns when it is called with `score_at` and `score_labels`.
+
+    Attributes:
+        logps: (N,) float32, log-probability of each label.
+        correct: (N,) bool, whether the label is the likeliest token.
+    """
+
+    logps: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+
+
+def add_scoring_head(model: Any) -> None:
+    """Teach a causal language model to score: `model(..., score_at=(N,), score_labels=(N,))` returns `Scored`.
+
+    `score_at` are positions in the flattened batch (row * T + position), each scored for the token that follows it.
+    Without them the forward is the model's own. The call goes through the model's forward, so that DDP, FSDP, ZeRO and
+    PEFT see it. Called once, before PEFT wraps the model.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # the library reads the signature
+    def forward(*args: Any, score_at: Any = None, score_labels: Any = None, **kwargs: Any) -> Any:
+        if score_at is None:
+            return original(*args, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[score_at]
+        logps, correct = score(model, hidden, score_labels)
+        return Scored(logps=logps, correct=correct)
+
+    model.forward = forward
+
+
+def score(model: Any, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of labels (N,) after the last hidden states (N, H), and whether they are the likeliest."""
+    head = model.get_output_embeddings()
+    scale, softcap = logit_settings(model.config.get_text_config())
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+    weight = getattr(head, "weight", None)
+    # Any other head (LoRA on it, trained in full beside an adapter, quantised, partitioned) is called as it is
+    if type(head) is not torch.nn.Linear or is_deepspeed_zero3_enabled():
+        return score_by_module(head, hidden, labels, scale, softcap)
+    bias = head.bias
+    if isinstance(weight, DTensor):  # FSDP2
+        weight, bias = weight.full_tensor(), bias.full_tensor() if bias is not None else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        return TokenLogps.apply(hidden, weight, bias, labels, scale, softcap, dtype or hidden.dtype)
+
+
+def logit_settings(config: Any) -> tuple[float, float | None]:
+    """Factor on the logits (Cohere, Granite) and soft cap (Gemma 2) that stand between head and softmax."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = 1 / divisor
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def chunks(count: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return (slice(at, at + size) for at in range(0, count, size))
+
+
+def settle(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """float32 logits as they enter the softmax."""
+    logits = logits.float() * scale if scale != 1.0 else logits.float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(settle(h W^T + b))[label], chunk by chunk.
+
+    The gradient of each log-probability with respect to its hidden state is computed in the forward pass, while the
+    chunk's probabilities are there, and scaled in the backward pass. Where the head itself is trained, the
+    probabilities are computed again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix = weight.to(dtype)
+        offset = bias.to(dtype) if bias is not None else None
+        logps = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
+        trained = ctx.needs_input_grad[1]
+        slopes = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] and not trained else None
+        for part in chunks(len(labels), len(weight)):
+            logits = settle(torch.nn.functional.linear(hidden[part].to(dtype), matrix, offset), scale, softcap)
+            logps[part] = logits.gather(1, labels[part, None])[:, 0] - logits.logsumexp(1)
+            correct[part] = logits.argmax(1) == labels[part]
+            if slopes is not None:
+                slopes[part] = slope_of_logits(logits, labels[part], scale, softcap).to(dtype) @ matrix
+        if trained:
+            ctx.save_for_backward(hidden, weight, bias, labels)
+        else:
+            ctx.save_for_backward(slopes)
+        ctx.settings = (scale, softcap, dtype, trained)
+        ctx.mark_non_differentiable(correct)
+        return logps, correct
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        scale, softcap, dtype, trained = ctx.settings
+        if not trained:
+            (slopes,) = ctx.saved_tensors
+            d_hidden = gradient[:, None] * slopes if slopes is not None else None
+            return d_hidden, None, None, None, None, None, None
+        hidden, weight, bias, labels = ctx.saved_tensors
+        matrix = weight.to(dtype)
+        offset = bias.to(dtype) if bias is not None else None
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight)
+        d_bias = torch.zeros_like(bias) if bias is not None else None
+        for part in chunks(len(labels), len(weight)):
+            rows = hidden[part].to(dtype)
+            logits = settle(torch.nn.functional.linear(rows, matrix, offset), scale, softcap)
+            slope = (slope_of_logits(logits, labels[part], scale, softcap) * gradient[part, None]).to(dtype)
+            d_hidden[part] = (slope @ matrix).to(hidden.dtype)
+            if d_weight.dtype == dtype:
+                d_weight.addmm_(slope.T, rows)
+            else:
+                d_weight += slope.T @ rows
+            if d_bias is not None:
+                d_bias += slope.sum(0).to(d_bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+def slope_of_logits(logits: torch.Tensor, labels: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """Gradient (N, V) of each log-probability with respect to the head's own output; overwrites settled logits."""
+    inner = scale * (1 - (logits / softcap) ** 2) if softcap else None
+    slope = torch.softmax(logits, 1, out=logits).neg_()
+    slope[torch.arange(len(labels), device=labels.device), labels] += 1
+    if inner is not None:
+        return slope * inner
+    return slope.mul_(scale) if scale != 1.0 else slope
+
+
+def score_by_module(
+    head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by calling the head; its logits are made again in the backward pass, chunk by chunk.
+
+    A partitioned head (ZeRO-3) is gathered at each call, which all ranks must make together: there it is one chunk.
+    """
+
+    def piece(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = settle(head(rows), scale, softcap)
+        found = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+        return found, (logits.argmax(1) == wanted)
+
+    if is_deepspeed_zero3_enabled():
+        return piece(hidden, labels)
+    vocabulary = getattr(head, "out_features", None) or 2**17
+    found = [
+        checkpoint(piece, hidden[part], labels[part], use_reentrant=False) for part in chunks(len(labels), vocabulary)
+    ] or [piece(hidden, labels)]
+    return torch.cat([logps for logps, _ in found]), torch.cat([correct for _, correct in found])
