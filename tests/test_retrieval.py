@@ -319,6 +319,17 @@ def test_an_index_holds_no_pickle_and_a_broken_one_is_refused(tmp_path):
     assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
 
 
+def test_an_index_of_another_version_is_refused_and_built_anew(tmp_path):
+    build_index([str(write_leaflets(tmp_path / "a"))], str(tmp_path / "index"))
+    record = json.loads((tmp_path / "index/index.json").read_text("utf-8"))
+    record["settings"]["terms"] = 0
+    write(tmp_path / "index/index.json", record)
+    with pytest.raises(ValueError, match="another version"):
+        KnowledgeBase(str(tmp_path / "index"))
+    assert build_index([str(tmp_path / "a")], str(tmp_path / "index")).unchanged == 0
+    assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
+
+
 def test_a_build_that_is_stopped_leaves_the_index_before_it(tmp_path, monkeypatch):
     folder = write_leaflets(tmp_path / "a")
     build_index([str(folder)], str(tmp_path / "index"))

@@ -26,7 +26,9 @@ from suwen.retrieval.bm25 import BLOCK_PASSAGES, PostingsBuilder, save
 from suwen.retrieval.documents import DOCUMENT_SUFFIXES, read_sections
 from suwen.retrieval.passages import Passage, Section, cut_passages
 
-FORMAT = 1
+FORMAT = 2
+# What decides the content of an index besides its documents
+VERSIONS = {"format": FORMAT, "passages": passages_module.VERSION, "terms": terms_module.VERSION}
 
 
 @dataclass
@@ -97,12 +99,7 @@ def _build(
     named: dict[str, Path], folder: Path, unfinished: Path, passage_characters: int, embed: Any, progress: bool
 ) -> tuple[BuildReport, dict[str, Any]]:
     """Write everything but index.json into `unfinished`; what that will say is the second result."""
-    settings = {
-        "format": FORMAT,
-        "passages": passages_module.VERSION,
-        "terms": terms_module.VERSION,
-        "passage_characters": passage_characters,
-    }
+    settings = {**VERSIONS, "passage_characters": passage_characters}
     before, store = _build_before(folder)
     known = before["files"] if before and before["settings"] == settings else {}
     report, files, content = BuildReport(files=len(named)), {}, hashlib.sha256()

@@ -10,7 +10,7 @@ import numpy as np
 
 from suwen.retrieval.bm25 import Bm25
 from suwen.retrieval.dense import Embedder, Reranker
-from suwen.retrieval.index import PassageStore, read_index_file
+from suwen.retrieval.index import VERSIONS, PassageStore, read_index_file
 from suwen.retrieval.passages import Passage
 from suwen.retrieval.settings import RetrievalSettings
 
@@ -54,6 +54,10 @@ class KnowledgeBase:
     ) -> None:
         self.settings = settings or RetrievalSettings()
         self.record = read_index_file(Path(folder))
+        if not VERSIONS.items() <= self.record["settings"].items():
+            raise ValueError(
+                f"--knowledge_index: {folder} was built by another version of this program; build it again"
+            )
         data = Path(folder) / self.record["data"]
         try:
             self.store, self.bm25 = PassageStore(data), Bm25(data)
