@@ -3,21 +3,28 @@
     python inference.py --base_model outputs/sft-merged --interactive
     python inference.py --base_model Qwen/Qwen3-8B --lora_model outputs/sft --interactive --temperature 0.7
     python inference.py --base_model outputs/dpo --data_file questions.jsonl --output_file answers.jsonl
+    python inference.py --base_model outputs/dpo --interactive --knowledge_index outputs/knowledge
 
 Without --base_model the newest finished stage in outputs/ answers, else the embedded model; without --interactive and
 --data_file a few example questions are answered. A file of questions (.jsonl with prompt, messages, conversations,
 question or instruction, .csv, .parquet, or .txt with a question a line) is answered in batches; the same command again
-goes on where it was stopped. The answers are research output, not medical advice.
+goes on where it was stopped; answers go to .jsonl or .csv. With --knowledge_index (tools/build_index.py) they name
+their sources. The answers are research output, not medical advice.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from suwen.arguments import run
 from suwen.prompts import AnswerFile, Prompt, folder_state, load_prompts, prompts_sha256, with_system_prompt
+from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (
     Served,
     add_model_flags,
@@ -30,16 +37,24 @@ from suwen.serving import (
     serving_parser,
 )
 
+if TYPE_CHECKING:
+    from suwen.generation import Answer
+    from suwen.retrieval.search import Hit, KnowledgeBase
+
 EXAMPLES = (
     "高血压患者在饮食上应该注意什么？",
     "感冒和流感有什么区别？",
     "孩子发烧到三十九度应该怎么处理？",
     "阿莫西林有哪些常见的不良反应？",
 )
-HELP = """/clear   forget the conversation (the system prompt stays)
-/help    this list
-/exit    leave, as end of file (Ctrl-D) does
-Ctrl-C   stop the answer"""
+HELP = """/clear           forget the conversation (the system prompt stays)
+/system [TEXT]   set the system prompt, from the next question on; without TEXT remove it
+/retrieve TEXT   passages of the knowledge base for TEXT, without asking the model
+/save FILE       append the conversation to FILE, one JSON object a line, as training reads it
+/help            this list
+/exit            leave, as end of file (Ctrl-D) does
+Ctrl-C           stop the answer
+A line that ends with \\ goes on in the next one; several lines may stand between two lines of three quotes (\"\"\")."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--output_file",
         "--predictions_file",
         metavar="FILE",
-        help="answers, one JSON object a line (default: predictions.jsonl)",
+        help="answers, one JSON object a line, or a table where it ends in .csv (default: predictions.jsonl)",
     )
     group.add_argument("--with_prompt", action="store_true", help="write or print each question with its answer")
     group.add_argument(
@@ -62,6 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add_model_flags(parser)
     add_sampling_flags(parser)
+    add_retrieval_flags(parser)
     add_removed_flags(parser, {"max_length": "use --max_new_tokens; a prompt may fill the model's window"})
     args = parser.parse_args(argv)
     if args.interactive and args.data_file:
@@ -71,37 +87,50 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size: found {args.batch_size}, expected at least 1")
     check_serving_flags(args)
+    check_retrieval_flags(args)
     return args
 
 
-def answer_batches(served: Served, prompts: list[Prompt], todo: list[int], args: argparse.Namespace):
-    """Yield (index, answer) for the prompts in `todo`, in batches of like length, the longest first.
+def answer_batches(
+    served: Served,
+    prompts: list[Prompt],
+    todo: list[int],
+    args: argparse.Namespace,
+    knowledge: KnowledgeBase | None = None,
+) -> Iterator[tuple[int, Answer, Sequence[Hit]]]:
+    """Yield (index, answer, its sources) for the prompts in `todo`, in batches of like length, the longest first.
 
     The longest first shows at once whether a batch fits into memory; one that does not is halved.
     """
     import torch
 
-    from suwen.generation import fit_prompt, generate_batch
+    from suwen.generation import Answer, generate_batch
+    from suwen.retrieval.grounding import NOT_FOUND, Prepared, prepare
 
     settings = generation_settings(args)
-    encoded: dict[int, list[int]] = {}
+    prepared: dict[int, Prepared] = {}
     for index in todo:
+        prompt = prompts[index]
         try:
-            encoded[index], dropped = fit_prompt(
-                served.encoder, prompts[index].messages, served.window, settings.max_new_tokens
+            prepared[index] = prepare(
+                served.encoder, prompt.messages, served.window, settings.max_new_tokens, knowledge
             )
         except ValueError as error:
-            raise ValueError(f"{prompts[index].where}: {error}") from None
-        if dropped:
-            say(f"note: {prompts[index].where}: oldest turns ({dropped} tokens) left out to fit the model's window")
-    order = sorted(todo, key=lambda index: (-len(encoded[index]), index))
+            raise ValueError(f"{prompt.where}: {error}") from None
+        if dropped := prepared[index].dropped:
+            say(f"note: {prompt.where}: oldest turns ({dropped} tokens) left out to fit the model's window")
+        if prepared[index].abstained:
+            yield index, Answer(NOT_FOUND, "", [], "stop"), ()
+    order = [index for index in todo if not prepared[index].abstained]
+    order.sort(key=lambda index: (-len(prepared[index].ids), index))
     size = args.batch_size
     while order:
         batch = order[:size]
         # A question's draws hang on its place in the file alone, not on the batch it falls into.
         seeds = [settings.seed + index for index in batch] if settings.seed is not None else None
         try:
-            answers = generate_batch(served.model, served.encoder, [encoded[index] for index in batch], settings, seeds)
+            ids = [prepared[index].ids for index in batch]
+            answers = generate_batch(served.model, served.encoder, ids, settings, seeds)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise ValueError(f"{prompts[batch[0]].where}: does not fit into memory, even alone") from None
@@ -110,10 +139,12 @@ def answer_batches(served: Served, prompts: list[Prompt], todo: list[int], args:
             say(f"note: {len(batch)} questions at once do not fit into memory; going on with {size}")
             continue
         order = order[size:]
-        yield from zip(batch, answers, strict=True)
+        yield from ((index, answer, prepared[index].hits) for index, answer in zip(batch, answers, strict=True))
 
 
-def answer_file(served: Served, prompts: list[Prompt], args: argparse.Namespace) -> None:
+def answer_file(
+    served: Served, prompts: list[Prompt], args: argparse.Namespace, knowledge: KnowledgeBase | None
+) -> None:
     from tqdm import tqdm
 
     settings = (
@@ -125,88 +156,155 @@ def answer_file(served: Served, prompts: list[Prompt], args: argparse.Namespace)
         "questions": prompts_sha256(prompts),
         **{name: getattr(args, name) for name in (*settings.split(), "with_prompt")},
     }
+    if knowledge is not None:
+        record["knowledge"] = [knowledge.record["data"], args.num_passages, args.min_relevance, args.rerank_model]
     output = AnswerFile(args.output_file or "predictions.jsonl", len(prompts), record)
     todo = output.missing
     if output.done:
         say(f"{output.path}: {len(output.done)} of {len(prompts)} questions are answered already")
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(prompts), initial=len(output.done), unit="question", disable=not todo) as progress:
-        for index, answer in answer_batches(served, prompts, todo, args):
+        for index, answer, hits in answer_batches(served, prompts, todo, args, knowledge):
             tokens += len(answer.token_ids)
-            output.append([answer_row(index, prompts[index], answer, args.with_prompt)])
+            output.append([answer_row(index, prompts[index], answer, hits, args)])
             progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
             progress.update()
     output.finish()
-    say(f"{len(prompts)} answers: {output.path}")
+    say(f"{len(prompts)} answers: {output.table or output.path}")
 
 
-def answer_row(index: int, prompt: Prompt, answer, with_prompt: bool) -> dict:
+def answer_row(index: int, prompt: Prompt, answer: Answer, hits: Sequence[Hit], args: argparse.Namespace) -> dict:
     row: dict = {"index": index}
-    if with_prompt:
+    if args.with_prompt:
         row["prompt"] = prompt.messages[-1]["content"]
         if len(prompt.messages) > 1:
             row["messages"] = prompt.messages
     row["response"] = answer.content
     if answer.reasoning:
         row["reasoning"] = answer.reasoning
-    return row | {"finish_reason": answer.finish_reason, "num_tokens": len(answer.token_ids)}
+    row |= {"finish_reason": answer.finish_reason, "num_tokens": len(answer.token_ids)}
+    if args.knowledge_index:
+        from suwen.retrieval.grounding import check_citations, source_rows
+
+        citations = check_citations(answer.content, [hit.passage for hit in hits])
+        row |= {"sources": source_rows(hits), "citations": vars(citations)}
+    return row
 
 
-def answer_examples(served: Served, args: argparse.Namespace) -> None:
+def answer_examples(served: Served, args: argparse.Namespace, knowledge: KnowledgeBase | None) -> None:
     say("no --interactive and no --data_file: answering the example questions")
     prompts = [
         Prompt(f"example {number}", with_system_prompt([{"role": "user", "content": text}], args.system_prompt))
         for number, text in enumerate(EXAMPLES, start=1)
     ]
-    answers = dict(answer_batches(served, prompts, list(range(len(prompts))), args))
+    found = answer_batches(served, prompts, list(range(len(prompts))), args, knowledge)
+    answers = {index: (answer, hits) for index, answer, hits in found}
     for index, prompt in enumerate(prompts):
+        answer, hits = answers[index]
         print(f"\n问：{prompt.messages[-1]['content']}")
-        if answers[index].reasoning:
-            print(f"思考：{answers[index].reasoning}")
-        print(f"答：{answers[index].content}", flush=True)
+        if answer.reasoning:
+            print(f"思考：{answer.reasoning}")
+        print(f"答：{answer.content}", flush=True)
+        print_sources(answer.content, hits)
+
+
+def print_sources(answer: str, hits: Sequence[Hit]) -> None:
+    """The passages that an answer was given, those it cites marked, and what is wrong with its citations."""
+    if not hits:
+        return
+    from suwen.retrieval.grounding import check_citations, describe_sources
+
+    citations = check_citations(answer, [hit.passage for hit in hits])
+    print("资料（*：回答中引用）：")
+    print("\n".join(describe_sources(hits, citations)))
+    if citations.unknown:
+        print(f"注意：引用了不存在的资料 {list(citations.unknown)}")
+    if citations.unsupported:
+        print(f"注意：所引资料中没有找到相应内容 {list(citations.unsupported)}")
 
 
 class Chat:
     """A conversation in the terminal: its messages, and what its commands do."""
 
-    def __init__(self, served: Served, args: argparse.Namespace) -> None:
-        self.served, self.args = served, args
+    def __init__(self, served: Served, args: argparse.Namespace, knowledge: KnowledgeBase | None = None) -> None:
+        self.served, self.args, self.knowledge = served, args, knowledge
         self.settings = generation_settings(args)
-        self.start = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-        self.messages = list(self.start)
+        self.system_prompt = args.system_prompt
+        self.turns: list[dict] = []
+
+    @property
+    def messages(self) -> list[dict]:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, *self.turns]
 
     def command(self, line: str) -> bool:
         """Carry out a line that begins with a slash; False when it ends the conversation."""
-        name = line.split()[0]
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
         if name in ("/exit", "/quit"):
             return False
         if name == "/clear":
-            self.messages = list(self.start)
+            self.turns = []
             print("(the conversation is forgotten)")
+        elif name == "/system":
+            self.system_prompt = rest
+            print("(the system prompt is set)" if rest else "(no system prompt)")
+        elif name == "/save":
+            self.save(rest)
+        elif name == "/retrieve":
+            self.retrieve(rest)
         else:
             print(HELP if name == "/help" else f"unknown command {name}\n{HELP}")
         return True
 
+    def save(self, path: str) -> None:
+        if not path or not self.turns:
+            print("(/save FILE: expected a file)" if not path else "(nothing to save yet)")
+            return
+        row = {"messages": self.messages, "model": " + ".join(self.served.names), "ai_generated": True}
+        try:
+            with open(Path(path).expanduser(), "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"({path}: {error.strerror or error})")
+        else:
+            print(f"(saved: {path})")
+
+    def retrieve(self, question: str) -> None:
+        if self.knowledge is None or not question:
+            print("(no --knowledge_index)" if self.knowledge is None else "(/retrieve TEXT: expected a question)")
+            return
+        from suwen.retrieval.grounding import describe_sources
+
+        hits = self.knowledge.search(question, self.args.num_passages)
+        print("\n".join(describe_sources(hits)) if hits else "(nothing found)")
+
     def ask(self, question: str) -> None:
         """Stream the answer to stdout; Ctrl-C keeps what came so far."""
-        from suwen.generation import fit_prompt, stream
+        from suwen.generation import stream
+        from suwen.retrieval.grounding import NOT_FOUND, prepare
 
         messages = [*self.messages, {"role": "user", "content": question}]
         try:
-            ids, dropped = fit_prompt(self.served.encoder, messages, self.served.window, self.settings.max_new_tokens)
+            prepared = prepare(
+                self.served.encoder, messages, self.served.window, self.settings.max_new_tokens, self.knowledge
+            )
         except ValueError as error:
             print(f"({error})")
             return
-        if dropped:
-            print(f"(the oldest turns, {dropped} tokens, no longer fit the model's window and are left out)")
+        if prepared.abstained:
+            print(NOT_FOUND)
+            return
+        if prepared.dropped:
+            print(f"(the oldest turns, {prepared.dropped} tokens, no longer fit the model's window and are left out)")
         if self.args.with_prompt:
-            print(self.served.encoder.render(messages, add_generation_prompt=True))
+            print(self.served.encoder.tokenizer.decode(prepared.ids))
         parts = {"reasoning": "", "content": ""}
-        pieces = stream(self.served.model, self.served.encoder, ids, self.settings)
+        pieces = stream(self.served.model, self.served.encoder, prepared.ids, self.settings)
         try:
             for kind, text in pieces:
                 if kind == "reasoning" and not parts["reasoning"]:
-                    text = f"[思考] {text}"
+                    print("[思考] ", end="")
                 elif kind == "content" and not parts["content"] and parts["reasoning"]:
                     print("\n[回答] ", end="")
                 parts[kind] += text
@@ -216,38 +314,54 @@ class Chat:
             print(" (stopped)")
         finally:
             pieces.close()
+        print_sources(parts["content"], prepared.hits)
         if self.args.single_turn or not parts["content"]:
             return  # an unanswered question is not part of the conversation
         answer = {"role": "assistant", "content": parts["content"]}
         if parts["reasoning"]:
-            answer["reasoning_content"] = parts["reasoning"].removeprefix("[思考] ")
-        self.messages = [*messages, answer]
+            answer["reasoning_content"] = parts["reasoning"]
+        self.turns += [messages[-1], answer]
 
 
-def chat(served: Served, args: argparse.Namespace) -> None:
+def read_entry(prompt: str) -> str:
+    """What is typed, up to the end of its line, or of its lines: after a backslash, or between three quotes."""
+    line = input(prompt)
+    if line.strip().startswith('"""'):
+        lines = [line.strip().removeprefix('"""')]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(input("… "))
+        lines[-1] = lines[-1].rstrip().removesuffix('"""')
+    else:
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1].removesuffix("\\")
+            lines.append(input("… "))
+    # Bytes that the terminal's encoding does not know arrive as lone surrogates, which no tokenizer takes.
+    return "\n".join(lines).strip().encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+
+
+def chat(served: Served, args: argparse.Namespace, knowledge: KnowledgeBase | None) -> None:
     try:
         import readline  # noqa: F401  line editing that knows wide characters, and the history of the session
     except ImportError:
         pass
-    conversation = Chat(served, args)
+    conversation = Chat(served, args, knowledge)
     print("素问 Suwen: research output, not medical advice (不构成医疗建议；急症请拨打120). /help lists the commands.")
     while True:
         try:
-            line = input("\n问：").strip()
-            # Bytes that the terminal's encoding does not know arrive as lone surrogates, which no tokenizer takes.
-            line = line.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+            entry = read_entry("\n问：")
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print("\n(/exit leaves)")
             continue
-        if line.startswith("/"):
-            if not conversation.command(line):
+        if entry.startswith("/"):
+            if not conversation.command(entry):
                 return
-        elif line:
+        elif entry:
             print("答：", end="", flush=True)
-            conversation.ask(line)
+            conversation.ask(entry)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,13 +371,14 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the program
 
     prompts = load_prompts(args.data_file, args.system_prompt) if args.data_file else []
+    knowledge = load_knowledge(args)
     served = load_served(args)
     if args.interactive:
-        chat(served, args)
+        chat(served, args, knowledge)
     elif args.data_file:
-        answer_file(served, prompts, args)
+        answer_file(served, prompts, args, knowledge)
     else:
-        answer_examples(served, args)
+        answer_examples(served, args, knowledge)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def _hidden_ids(encoder: ChatEncoder) -> set[int]:
     return (special - set(tokenizer.convert_tokens_to_ids([THINK_OPEN, THINK_CLOSE]))) | set(encoder.stop_token_ids)
 
 
-class _Draw(LogitsProcessor):
+class Draw(LogitsProcessor):
     """Shape the logits and leave one token a row; the row's own random stream chooses it."""
 
     def __init__(self, settings: GenerationSettings, prompt: Tensor, mask: Tensor, seeds: Sequence[int]) -> None:
@@ -238,7 +238,7 @@ class _IdStream(BaseStreamer):
         pass
 
 
-def _limit(settings: GenerationSettings, prompt_length: int, window: int | None) -> int:
+def answer_limit(settings: GenerationSettings, prompt_length: int, window: int | None) -> int:
     if window is not None and prompt_length >= window:
         raise ValueError(f"a prompt of {prompt_length} tokens leaves no room in the model's window of {window}")
     return min(settings.max_new_tokens, window - prompt_length) if window else settings.max_new_tokens
@@ -264,7 +264,7 @@ def _generate(
         max_new_tokens=max(limits),
         eos_token_id=list(encoder.stop_token_ids),
         pad_token_id=pad,
-        do_sample=False,  # _Draw draws
+        do_sample=False,  # Draw draws
         num_beams=1,
         temperature=1.0,
         top_p=1.0,
@@ -278,7 +278,7 @@ def _generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Draw(settings, ids, mask, seeds)]),
+            logits_processor=LogitsProcessorList([Draw(settings, ids, mask, seeds)]),
             stopping_criteria=StoppingCriteriaList([_Stop(length, torch.tensor(limits, device=model.device), event)]),
             streamer=streamer,
         )
@@ -314,7 +314,7 @@ def generate_batch(
     """
     if not prompts_ids:
         return []
-    limits = [_limit(settings, len(prompt), model_window(model)) for prompt in prompts_ids]
+    limits = [answer_limit(settings, len(prompt), model_window(model)) for prompt in prompts_ids]
     output = _generate(
         model, encoder, prompts_ids, settings, _row_seeds(settings, seeds, len(prompts_ids)), limits
     ).tolist()
@@ -348,7 +348,7 @@ def stream(
     Raises:
         ValueError: the prompt leaves no room in the model's window. Errors of the model are passed on.
     """
-    limit = _limit(settings, len(prompt_ids), model_window(model))
+    limit = answer_limit(settings, len(prompt_ids), model_window(model))
     return _stream(model, encoder, prompt_ids, settings, limit)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -103,11 +104,17 @@ class AnswerFile:
     """A .jsonl of answers that grows as they come, goes on where it was cut off, and ends in the questions' order.
 
     Each row has its `index`, the place of its question from 0. What the rows were made with stands beside the file, in
-    `<file>.run.json`, so that answers of another model or other questions are never mixed in.
+    `<file>.run.json`, so that answers of another model or other questions are never mixed in. For a table, a path that
+    ends in .csv, the rows grow in `<path>.jsonl`, and the table is written of them in the end.
     """
 
     def __init__(self, path: str, count: int, run: dict[str, Any]) -> None:
         self.path, self.count, self.run = Path(path), count, run
+        self.table: Path | None = None
+        if self.path.suffix.lower() == ".csv":
+            self.table, self.path = self.path, self.path.with_name(self.path.name + ".jsonl")
+            if self.table.exists() and not self.path.exists():
+                raise ValueError(f"--output_file: {self.table} exists and is not of this program; give another one")
         self.record = self.path.with_name(self.path.name + ".run.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.done = self._read() if self.path.exists() else set()
@@ -182,6 +189,24 @@ class AnswerFile:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(sorted_file, self.path)
+        if self.table is not None:
+            self._write_table(self.table, [json.loads(rows[index]) for index in sorted(rows)])
+
+    def _write_table(self, table: Path, rows: list[dict]) -> None:
+        """A column a key; with the byte order mark by which spreadsheets know UTF-8. Lists and objects become JSON."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        temporary = table.with_name(f".{table.name}.new")
+        with open(temporary, "w", encoding="utf-8-sig", newline="") as stream:
+            writer = csv.DictWriter(stream, names)
+            writer.writeheader()
+            for row in rows:
+                writer.writerow(
+                    {
+                        name: value if isinstance(value, str | int) else json.dumps(value, ensure_ascii=False)
+                        for name, value in row.items()
+                    }
+                )
+        os.replace(temporary, table)
 
 
 def _brief(value: Any) -> str:

@@ -66,15 +66,19 @@ def file_kind(file: Path) -> str | None:
     return next((suffix.removesuffix(".gz") for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def find_files(path: str, flag: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def find_files(path: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The data files behind a file, a folder (with its sub-folders) or a glob, sorted; and the files passed over.
 
     Names that begin with a dot are invisible here, as they are to `ls`.
     """
+
+    def is_kind(file: Path) -> bool:
+        return file.name.lower().endswith(suffixes)
+
     root = Path(path).expanduser()
     if root.is_file():
-        if file_kind(root) is None:
-            raise ValueError(f"{flag}: {path} is of no known kind, expected one of {' '.join(SUFFIXES)}")
+        if not is_kind(root):
+            raise ValueError(f"{flag}: {path} is of no known kind, expected one of {' '.join(suffixes)}")
         return (root,), ()
     if root.is_dir():
         found = [file for file in root.rglob("*") if file.is_file()]
@@ -83,9 +87,9 @@ def find_files(path: str, flag: str) -> tuple[tuple[Path, ...], tuple[Path, ...]
         found = [Path(name) for name in glob.glob(str(root), recursive=True) if Path(name).is_file()]
         if not found:
             raise ValueError(f"{flag}: {path} not found, expected a file, a folder or a pattern such as 'data/*.jsonl'")
-    files = tuple(sorted(file for file in found if file_kind(file)))
+    files = tuple(sorted(file for file in found if is_kind(file)))
     if not files:
-        raise ValueError(f"{flag}: no data file in {path}, expected files ending in {' '.join(SUFFIXES)}")
+        raise ValueError(f"{flag}: no data file in {path}, expected files ending in {' '.join(suffixes)}")
     return files, tuple(sorted(set(found) - set(files)))
 
 
@@ -130,7 +134,7 @@ def _open_bytes(file: Path) -> BinaryIO:
     return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 
-def _open_text(file: Path, encoding: Encoding, newline: str | None = None) -> TextIO:
+def open_text(file: Path, encoding: Encoding, newline: str | None = None) -> TextIO:
     # surrogateescape: undecodable bytes stay recognisable, so that the row that holds them can be refused by its line
     opener = gzip.open if file.name.lower().endswith(".gz") else open
     return opener(file, "rt", encoding=encoding.codec, errors="surrogateescape", newline=newline)
@@ -161,8 +165,9 @@ def detect_encoding(file: Path) -> Encoding:
         if utf8_error is None:
             return Encoding(codec, label + ends)
         decoded = head.decode(codec, errors="replace")
-        valid = sum(character > "\x7f" and character != "\ufffd" for character in decoded)
-        if valid <= decoded.count("\ufffd"):
+        invalid = decoded.count("\ufffd")
+        valid = len(decoded) - len(decoded.encode("ascii", "ignore")) - invalid
+        if valid <= invalid:
             gb_error, ends = _first_error(file, "gb18030")
             if gb_error is None:
                 return Encoding("gb18030", f"GB18030{ends}")
@@ -238,7 +243,7 @@ def _undecodable(where: str, row: Any) -> Refusal:
 
 def _read_text(file: Path, encoding: Encoding) -> Iterator[tuple[str, Any] | Refusal]:
     """One document a line; a book of the TCM-Ancient-Books kind (first line `<篇名>...`) gives one a section."""
-    with _open_text(file, encoding) as stream:
+    with open_text(file, encoding) as stream:
         lines = ((number, line.strip()) for number, line in enumerate(stream, start=1))
         first = next(((number, line) for number, line in lines if line), None)
         if first is None:
@@ -280,7 +285,7 @@ def _read_book(file: Path, first: tuple[int, str], lines: Iterator[tuple[int, st
 def _read_table(file: Path, encoding: Encoding) -> Iterator[tuple[str, Any] | Refusal]:
     """CSV or TSV with a header; cells may hold line breaks."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the limit of 128 kB is shorter than a clinical guideline
-    with _open_text(file, encoding, newline="") as stream:
+    with open_text(file, encoding, newline="") as stream:
         head = stream.readline()
         stream.seek(0)
         delimiter = "\t" if file_kind(file) == ".tsv" else max(",\t;", key=head.count)
@@ -331,7 +336,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
 
 def _read_json(file: Path, encoding: Encoding) -> Iterator[tuple[str, Any] | Refusal]:
     """JSON Lines, a JSON list of rows, an object of rows or a single row: told apart by content, not by name."""
-    with _open_text(file, encoding) as stream:
+    with open_text(file, encoding) as stream:
         number, line = 1, stream.readline(CHUNK_BYTES)
         while line and not line.strip():
             number, line = number + 1, stream.readline(CHUNK_BYTES)

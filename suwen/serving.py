@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from suwen.arguments import OneLineParser
 from suwen.generation_settings import GenerationSettings
+from suwen.switching import Chains, find_base, load_adapters, named_folders
 
 if TYPE_CHECKING:
     from suwen.encoding import ChatEncoder
@@ -39,7 +40,8 @@ def add_removed_flags(parser: argparse.ArgumentParser, removed: dict[str, str]) 
         parser.add_argument(f"--{name}", action=Removed, nargs="*", const=reason, help=argparse.SUPPRESS)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, switchable: bool = False) -> None:
+    """The flags that name a model; `switchable`: adapters are chosen by name, instead of put on in order."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--base_model",
@@ -47,11 +49,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="model folder, hub name or LoRA folder (default: newest stage in outputs/, else the embedded model)",
     )
-    group.add_argument(
-        "--lora_model",
-        metavar="DIR[,DIR]",
-        help="LoRA folders put on the model in this order (a LoRA folder's own base is found without --base_model)",
-    )
+    if switchable:
+        group.add_argument(
+            "--lora_model",
+            nargs="+",
+            metavar="[NAME=]DIR",
+            help="LoRA folders of one base, each chosen by its name (default: that of its folder)",
+        )
+    else:
+        group.add_argument(
+            "--lora_model",
+            metavar="DIR[,DIR]",
+            help="LoRA folders put on the model in this order (a LoRA folder's own base is found without --base_model)",
+        )
     group.add_argument(
         "--tokenizer_path", "--tokenizer_name_or_path", metavar="PATH", help="tokenizer (default: the model's own)"
     )
@@ -126,6 +136,8 @@ def check_serving_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: found nothing, expected a folder or a hub name")
         if value is not None and value.startswith((".", "/", "~")) and not Path(value).is_dir():
             raise ValueError(f"--{name} {value}: found no such folder, expected a folder or a hub name")
+    if isinstance(args.lora_model, list):
+        named_folders(args.lora_model)
     for adapter in adapter_folders(args):
         if not (Path(adapter) / "adapter_config.json").is_file():
             found = "no adapter_config.json there" if Path(adapter).is_dir() else "no such folder"
@@ -141,6 +153,8 @@ def check_serving_flags(args: argparse.Namespace) -> None:
 
 
 def adapter_folders(args: argparse.Namespace) -> list[str]:
+    if isinstance(args.lora_model, list):
+        return []  # chosen by name, see load_switchable
     return [part.strip() for part in (args.lora_model or "").split(",") if part.strip()]
 
 
@@ -204,6 +218,39 @@ def load_served(args: argparse.Namespace) -> Served:
     say(f"model: {' + '.join(names)} ({device}, {dtype if args.quantization == 'none' else args.quantization})")
     thinking = trained_thinking(names[-1]) if args.thinking == "auto" else args.thinking
     return Served(model, ChatEncoder(tokenizer, THINKING[thinking]), names, model_window(model))
+
+
+@dataclass(frozen=True)
+class Switchable:
+    """A base, and adapters that are chosen by name for each answer."""
+
+    model: Any
+    base: str
+    encoder: ChatEncoder
+    folders: dict[str, str]
+    chains: Chains
+    encoders: dict[str, ChatEncoder]  # of each adapter: its own tokenizer, template and thinking mode
+
+
+def load_switchable(args: argparse.Namespace) -> Switchable:
+    """Load the base, and every adapter of --lora_model once on top of it."""
+    folders = named_folders(args.lora_model or [])
+    if not folders:
+        served = load_served(argparse.Namespace(**{**vars(args), "lora_model": None}))
+        return Switchable(served.model, served.names[-1], served.encoder, {}, {}, {})
+    base, lineage = find_base(args.base_model, folders)
+    served = load_served(argparse.Namespace(**{**vars(args), "base_model": base, "lora_model": None}))
+    from suwen.encoding import ChatEncoder
+    from suwen.models import check_vocabulary, load_tokenizer
+
+    model, chains = load_adapters(served.model, lineage)
+    encoders = {}
+    for name, chain in lineage.items():
+        tokenizer = load_tokenizer(args.tokenizer_path or tokenizer_folder([base, *chain]), args.template_name)
+        check_vocabulary(model, tokenizer)
+        thinking = trained_thinking(chain[-1]) if args.thinking == "auto" else args.thinking
+        encoders[name] = ChatEncoder(tokenizer, THINKING[thinking])
+    return Switchable(model, base, served.encoder, folders, chains, encoders)
 
 
 def trained_thinking(path: str) -> str:

@@ -21,8 +21,8 @@ import inference
 from suwen.encoding import ChatEncoder
 from suwen.generation import (
     AnswerDecoder,
+    Draw,
     GenerationSettings,
-    _Draw,
     decode_answer,
     fit_prompt,
     generate_batch,
@@ -165,14 +165,14 @@ def test_top_k_of_one_and_a_tiny_nucleus_are_greedy(model, encoder):
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()[None].repeat(4000, 1)
     ids = torch.zeros(4000, 1, dtype=torch.long)
-    draw = _Draw(GenerationSettings(temperature=1.0, top_p=1.0), ids, torch.ones_like(ids), range(4000))
+    draw = Draw(GenerationSettings(temperature=1.0, top_p=1.0), ids, torch.ones_like(ids), range(4000))
     counts = torch.bincount(draw(ids, logits).argmax(-1), minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.03)
 
 
 def test_the_penalty_counts_prompt_and_answer_but_not_padding():
     prompt, mask = torch.tensor([[0, 2]]), torch.tensor([[0, 1]])  # token 0 is padding here
-    draw = _Draw(GenerationSettings(repetition_penalty=2.0), prompt, mask, [0])
+    draw = Draw(GenerationSettings(repetition_penalty=2.0), prompt, mask, [0])
     logits = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
     assert draw(prompt, logits).tolist() == [[1.0, 1.0, 0.5, -1.0]]
     assert draw(torch.tensor([[0, 2, 3]]), logits).tolist() == [[1.0, 1.0, 0.5, -2.0]]
@@ -421,6 +421,22 @@ def test_answers_of_another_run_are_never_mixed_or_overwritten(folder, questions
     assert foreign.read_text(encoding="utf-8") == '{"prompt": "别的"}\n'
 
 
+def test_a_table_holds_the_same_answers_and_is_written_in_the_end(folder, questions, tmp_path):
+    import csv
+
+    ask(folder, "--data_file", questions, "--output_file", tmp_path / "a.jsonl")
+    ask(folder, "--data_file", questions, "--output_file", tmp_path / "a.csv")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
+    with open(tmp_path / "a.csv", encoding="utf-8-sig", newline="") as stream:
+        assert list(csv.DictReader(stream)) == [{name: str(value) for name, value in row.items()} for row in rows]
+    written = (tmp_path / "a.csv").read_bytes()
+    ask(folder, "--data_file", questions, "--output_file", tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_bytes() == written
+    (tmp_path / "other.csv").write_text("x\n")
+    with pytest.raises(ValueError, match="not of this program"):
+        ask(folder, "--data_file", questions, "--output_file", tmp_path / "other.csv")
+
+
 def test_a_question_too_long_for_the_model_is_named_before_any_answer(folder, tmp_path):
     file = tmp_path / "q.txt"
     file.write_text("咳嗽\n" + "咳嗽" * 5000 + "\n", encoding="utf-8")
@@ -567,7 +583,82 @@ def test_a_conversation_goes_on_over_turns_until_it_is_cleared(folder, capsys, m
     assert second != third
     answers = [part.split("\n")[0] for part in printed.split("答：")[1:]]
     assert answers == [first, second, third]
-    assert "/clear   forget" in printed and "unknown command /what" in printed
+    assert "/clear  " in printed and "unknown command /what" in printed
+
+
+def test_several_lines_are_one_question(folder, capsys, monkeypatch, model, encoder):
+    settings = GenerationSettings(max_new_tokens=16)
+    lines = ["我咳嗽，\\", "发热", '"""第一行', "", '第三行"""']
+    printed = converse(folder, capsys, monkeypatch, lines, "--single_turn")
+    expected = [
+        generate_batch(model, encoder, [encoder.encode_prompt(user(text))], settings)[0].content
+        for text in ("我咳嗽，\n发热", "第一行\n\n第三行")
+    ]
+    assert [part.split("\n")[0] for part in printed.split("答：")[1:]] == expected
+
+
+def test_the_system_prompt_can_be_set_and_a_conversation_saved(folder, capsys, monkeypatch, tmp_path, model, encoder):
+    file = tmp_path / "chat.jsonl"
+    lines = [
+        f"/save {file}",
+        "/system 你是医生",
+        "咳嗽",
+        f"/save {file}",
+        "/save /no/such/folder/x",
+        "/system",
+        "/save",
+    ]
+    printed = converse(folder, capsys, monkeypatch, lines)
+    assert "nothing to save" in printed and "No such file" in printed and "expected a file" in printed
+    [row] = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    system = {"role": "system", "content": "你是医生"}
+    answer = generate_batch(
+        model, encoder, [encoder.encode_prompt([system, *user("咳嗽")])], GenerationSettings(max_new_tokens=16)
+    )[0].content
+    assert row["messages"] == [system, *user("咳嗽"), {"role": "assistant", "content": answer}] and row["ai_generated"]
+
+
+@pytest.fixture(scope="module")
+def knowledge_folder(tmp_path_factory) -> Path:
+    from suwen.retrieval.index import build_index
+
+    folder = tmp_path_factory.mktemp("knowledge")
+    for name, text in (("布洛芬", "禁忌：孕晚期禁用。"), ("蒙脱石散", "用于成人及儿童急、慢性腹泻。")):
+        (folder / f"{name}.txt").write_text(f"{name}\n{text}\n", encoding="utf-8")
+    build_index([str(folder / "*.txt")], str(folder / "index"))
+    return folder / "index"
+
+
+def test_the_terminal_answers_from_passages_and_shows_them(
+    folder, knowledge_folder, capsys, monkeypatch, model, encoder
+):
+    from suwen.retrieval.grounding import NOT_FOUND, with_passages
+    from suwen.retrieval.search import KnowledgeBase
+
+    question = "布洛芬有什么禁忌？"
+    printed = converse(
+        folder, capsys, monkeypatch, [question, "明天的股市行情", "/retrieve 腹泻", "/retrieve"],
+        "--knowledge_index", knowledge_folder, "--single_turn",
+    )  # fmt: skip
+    [hit] = KnowledgeBase(str(knowledge_folder)).search(question)
+    ids = encoder.encode_prompt(with_passages(user(question), [hit.passage]))
+    answer = generate_batch(model, encoder, [ids], GenerationSettings(max_new_tokens=16))[0].content
+    assert f"答：{answer}\n资料" in printed and "[1] 布洛芬（布洛芬.txt" in printed
+    assert f"答：{NOT_FOUND}" in printed
+    assert "[1] 蒙脱石散" in printed and "expected a question" in printed
+
+
+def test_a_file_of_questions_is_answered_from_passages(folder, knowledge_folder, tmp_path, questions):
+    from suwen.retrieval.grounding import NOT_FOUND
+
+    file, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    file.write_text("布洛芬有什么禁忌？\n明天的股市行情\n", encoding="utf-8")
+    ask(folder, "--data_file", file, "--output_file", output, "--knowledge_index", knowledge_folder)
+    found, unknown = (json.loads(line) for line in output.read_text("utf-8").splitlines())
+    assert found["sources"][0]["text"] == "布洛芬\n禁忌：孕晚期禁用。" and found["citations"]["cited"] == []
+    assert unknown["response"] == NOT_FOUND and unknown["sources"] == [] and unknown["num_tokens"] == 0
+    with pytest.raises(ValueError, match="another run .knowledge"):
+        ask(folder, "--data_file", file, "--output_file", output)
 
 
 def test_exit_leaves_and_questions_that_do_not_fit_are_told(folder, capsys, monkeypatch):
