@@ -95,7 +95,7 @@ class Report:
             refused = self.refused_by_file.get(name, 0)
             tail = f", {refused:,} refused" if refused else ""
             padded = name + " " * (width - _width(name))
-            lines.append(f"  {padded}  {self.encodings.get(name, 'parquet')}, {self.files[name]:,} rows{tail}")
+            lines.append(f"  {padded}  {self.encodings.get(name, 'binary')}, {self.files[name]:,} rows{tail}")
         lines.append(f"  read {self.rows_read:,} rows, refused {sum(self.rows_refused.values()):,}")
         groups = (("refused", self.rows_refused), ("put right", self.changes), ("not chosen", self.rows_left_out))
         for title, counts in (*groups, ("left out by the encoder", self.rows_dropped)):
@@ -210,7 +210,7 @@ def _read_files(
     keys_seen: set[str] = set()
     for file in files:
         if file not in encodings:
-            encodings[file] = None if readers.file_kind(file) == ".parquet" else readers.detect_encoding(file)
+            encodings[file] = readers.find_encoding(file)
         encoding, name = encodings[file], f"{file}{part}"
         if encoding is not None:
             if encoding.error and on_bad_rows == "error":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suwen.formats import ANSWERS, ROLES, TURN_LISTS, BadRow, canonical_rows
-from suwen.readers import Refusal, detect_encoding, file_kind, read_records
+from suwen.readers import Refusal, file_kind, find_encoding, read_records
 
 EXPECTED = "a prompt: text, or an object with prompt, question, instruction, messages or conversations"
 STAND_IN = {"role": "assistant", "content": "-"}
@@ -41,7 +41,7 @@ def load_prompts(path: str, system_prompt: str = "") -> list[Prompt]:
     if file_kind(file) is None:
         raise ValueError(f"--data_file: {path} is of no known kind, expected .jsonl, .json, .csv, .parquet or .txt")
     prompts = []
-    for record in read_records(file, None if file_kind(file) == ".parquet" else detect_encoding(file)):
+    for record in read_records(file, find_encoding(file)):
         if isinstance(record, Refusal):
             raise ValueError(record.message)
         where, row = record

@@ -18,6 +18,8 @@ LAYERS = [
         "readers",
         "records",
         "sampling",
+        "statistics",
+        "metrics",
     },
     {"embedded", "encoding", "packing", "trainers"},
     {"models", "parallel", "prompts", "rows", "scoring", "generation"},
