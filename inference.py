@@ -75,13 +75,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def answer_batches(served: Served, prompts: list[Prompt], todo: list[int], args: argparse.Namespace):
-    """Yield (index, answer) for the prompts in `todo`, in batches of like length, the longest first.
-
-    The longest first shows at once whether a batch fits into memory; one that does not is halved.
-    """
-    import torch
-
-    from suwen.generation import fit_prompt, generate_batch
+    """Yield (index, answer) for the prompts in `todo`; see `generate_many`."""
+    from suwen.generation import fit_prompt, generate_many
 
     settings = generation_settings(args)
     encoded: dict[int, list[int]] = {}
@@ -94,23 +89,7 @@ def answer_batches(served: Served, prompts: list[Prompt], todo: list[int], args:
             raise ValueError(f"{prompts[index].where}: {error}") from None
         if dropped:
             say(f"note: {prompts[index].where}: oldest turns ({dropped} tokens) left out to fit the model's window")
-    order = sorted(todo, key=lambda index: (-len(encoded[index]), index))
-    size = args.batch_size
-    while order:
-        batch = order[:size]
-        # A question's draws hang on its place in the file alone, not on the batch it falls into.
-        seeds = [settings.seed + index for index in batch] if settings.seed is not None else None
-        try:
-            answers = generate_batch(served.model, served.encoder, [encoded[index] for index in batch], settings, seeds)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise ValueError(f"{prompts[batch[0]].where}: does not fit into memory, even alone") from None
-            size = len(batch) // 2
-            torch.cuda.empty_cache()
-            say(f"note: {len(batch)} questions at once do not fit into memory; going on with {size}")
-            continue
-        order = order[size:]
-        yield from zip(batch, answers, strict=True)
+    yield from generate_many(served.model, served.encoder, encoded, settings, args.batch_size, say)
 
 
 def answer_file(served: Served, prompts: list[Prompt], args: argparse.Namespace) -> None:

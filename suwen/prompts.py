@@ -106,9 +106,10 @@ class AnswerFile:
     `<file>.run.json`, so that answers of another model or other questions are never mixed in.
     """
 
-    def __init__(self, path: str, count: int, run: dict[str, Any]) -> None:
-        self.path, self.count, self.run = Path(path), count, run
-        self.record = self.path.with_name(self.path.name + ".run.json")
+    def __init__(self, path: str | Path, count: int, run: dict[str, Any], key: str = "response") -> None:
+        """`key`: what every row holds besides its index."""
+        self.path, self.count, self.run, self.key = Path(path), count, run, key
+        self.record = run_record(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.done = self._read() if self.path.exists() else set()
         self.record.write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -123,17 +124,8 @@ class AnswerFile:
         advice = "give another --output_file, or remove this one"
         if not self.path.is_file():
             raise ValueError(f"--output_file: {self.path} is not a file")
-        if self.record.is_file():
-            try:
-                recorded = json.loads(self.record.read_text(encoding="utf-8"))
-            except ValueError:
-                recorded = self.run  # the record itself was cut off: its rows are of this very start
-            for key in sorted(self.run.keys() | recorded.keys()):
-                if recorded.get(key) != self.run.get(key):
-                    found, asked = (_brief(run.get(key)) for run in (recorded, self.run))
-                    raise ValueError(
-                        f"--output_file: {self.path} is of another run ({key} was {found}, is {asked}); {advice}"
-                    )
+        if difference := run_difference(self.path, self.run):
+            raise ValueError(f"--output_file: {self.path} is of another run ({difference}); {advice}")
         done: set[int] = set()
         whole = 0  # bytes up to the end of the last good line
         content = self.path.read_bytes()
@@ -142,7 +134,7 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 index = row["index"]
-                if not isinstance(index, int) or "response" not in row:
+                if not isinstance(index, int) or self.key not in row:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 if number == len(lines) and not line.endswith(b"\n"):
@@ -182,6 +174,27 @@ class AnswerFile:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(sorted_file, self.path)
+
+
+def run_record(path: Path) -> Path:
+    """The file beside a file of answers that holds what they were made with."""
+    return path.with_name(path.name + ".run.json")
+
+
+def run_difference(path: Path, run: dict[str, Any]) -> str | None:
+    """In what the answers in a file were made otherwise than `run` says; None if in nothing, or nothing is known."""
+    record = run_record(path)
+    if not record.is_file():
+        return None
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # the record itself was cut off: its rows are of this very start
+    for key in sorted(run.keys() | recorded.keys()):
+        if recorded.get(key) != run.get(key):
+            found, asked = (_brief(values.get(key)) for values in (recorded, run))
+            return f"{key} was {found}, is {asked}"
+    return None
 
 
 def _brief(value: Any) -> str:
