@@ -22,12 +22,13 @@ class Point(NamedTuple):
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers from below `low` to above `high`."""
-    span = (high - low) or 1.0
+    """Round numbers from `low` or below to `high` or above, two at least."""
+    span = (high - low) or max(abs(low) / 10, 1.0)
     step = 10 ** math.floor(math.log10(span / count))
     step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     first = math.floor(low / step)
-    return [round(step * k, 10) for k in range(first, math.ceil(high / step) + 1)]
+    last = max(math.ceil(high / step), first + 1)
+    return [round(step * k, 10) for k in range(first, last + 1)]
 
 
 def score_plot(points: Sequence[Point], floors: dict[str, float], unit: str) -> str:
