@@ -5,9 +5,9 @@
     python evaluation.py --compare outputs/pt/eval outputs/sft/eval outputs/dpo/eval
     python evaluation.py --api_base http://127.0.0.1:8000/v1 --model NAME --tasks exam --output_dir outputs/served/eval
 
-Without --tasks the project's own small sets are taken (data/evaluation). Choice questions are asked twice: which letters
-the model finds likeliest, and what it writes when served. The output folder holds a record of every item, results.json
-and report.html; the same command goes on where it was stopped. Scores are no permission to give medical advice.
+Without --tasks the project's own small sets are taken (data/evaluation). Choice questions are asked twice: which
+letters the model finds likeliest, and what it writes when served. The output folder holds a record of every item,
+results.json and report.html; the same command goes on where it was stopped. Scores are no permission to give advice.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.report import format_results
 
     # Inputs: tasks, their files, and items, so that a mistake in them shows before a model is loaded
-    tasks = evaluate.parse_tasks(args.tasks)
+    tasks = evaluate.parse_tasks(args.tasks, args.protocol)
     named = evaluate.parse_data_files(args.data_file, tasks)
     files = {task.name: evaluate.find_task_files(task, args.data_dir, named) for task in tasks}
     settings = evaluate.Settings(
-        MODES[args.modes], args.max_samples, args.max_new_tokens, args.batch_size, args.system_prompt, args.protocol
+        MODES[args.modes], args.max_samples, args.max_new_tokens, args.batch_size, args.system_prompt
     )
     read = evaluate.read_tasks(tasks, files, settings)
 

@@ -6,10 +6,8 @@ Nothing here asks a model: every number is computed from records/*.jsonl, so tab
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from suwen.benchmarks import TASKS
 from suwen.benchmarks.task import MODES, Record
 from suwen.records import write_json
 from suwen.report import write_report
+from suwen.runs import Run, load_run
 from suwen.statistics import (
     Difference,
     compare_correct,
@@ -30,54 +29,6 @@ from suwen.statistics import (
 )
 
 SMALL_CELL = 30  # items below which a rate of the breakdown is shown in grey
-
-
-@dataclass(frozen=True)
-class Run:
-    """One evaluation folder."""
-
-    name: str
-    folder: Path
-    header: dict[str, Any]
-    records: dict[tuple[str, str], list[Record]]  # by task and mode
-
-
-def load_run(folder: str | Path) -> Run:
-    """Read an evaluation folder.
-
-    Raises:
-        ValueError: there are no records in it, or a row of them cannot be read.
-    """
-    folder = Path(folder)
-    records: dict[tuple[str, str], list[Record]] = {}
-    for path in sorted((folder / "records").glob("*.jsonl")):
-        task, _, mode = path.name.removesuffix(".jsonl").rpartition(".")
-        if task not in TASKS or mode not in MODES:
-            continue
-        rows = []
-        with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    raise ValueError(
-                        f"{path}, line {number}: not a record; the evaluation was cut off, give its command again"
-                    ) from None
-        if rows:
-            records[task, mode] = rows
-    if not records:
-        raise ValueError(f"{folder}: found no records, expected the --output_dir of an evaluation")
-    try:
-        header = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        header = {}
-    return Run(name_of(folder), folder, header, records)
-
-
-def name_of(folder: Path) -> str:
-    """outputs/sft/eval is shown as sft."""
-    resolved = folder.resolve()
-    return resolved.parent.name if resolved.name in ("eval", "evaluation") else resolved.name
 
 
 def table_order(key: tuple[str, str]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Whether test items stand in training data: verbatim, with options reordered, or reworded; and near-duplicates of rows.
+"""Whether test items stand in training data: verbatim, with options reordered, or reworded.
 
 Texts are compared as their letters and digits alone (NFKC, lower case), so width, punctuation, line breaks and option
 marks make no difference. Training text is read as a stream in large pieces: grams of 8 characters that an item shares
@@ -34,7 +34,9 @@ LEAST_QUESTION = 13  # characters of a question that say something by themselves
 LONE_QUESTION = 30  # characters of a question that is not a stock phrase, even without its answer
 LEAST_GRAMS = 9  # of an item's short grams, below which sharing most of them says nothing
 NEAR = 0.6  # share of an item's grams of SHORT characters, from which it counts as reworded
+OPTIONS_NEEDED = 0.5  # share of its options that must be there for it
 SKETCH_GRAMS = 4_000_000  # 32 MB
+LEAST_SKETCHED = 5  # 13-grams of an item that a sketch could hold, below which it says nothing
 SKETCH_SHARE = 0.5  # share of an item's 13-grams in a sketch, from which it counts as seen
 # What was found, the worst first. grams: by a sketch, which knows 13-grams only; unknown: too short for one
 KINDS = ("exact", "reordered", "question", "near", "grams", "clean", "unknown")
@@ -76,7 +78,7 @@ def to_codes(text: str) -> Codes:
     if len(codes) and codes.max() >= EXPANDED:
         places = np.flatnonzero(codes >= EXPANDED)
         pieces = [expansions[number] for number in (codes[places] - EXPANDED).tolist()]
-        at = np.repeat(places, [len(piece) for piece in pieces])
+        at: np.ndarray = np.repeat(places, [len(piece) for piece in pieces])
         codes = np.delete(np.insert(codes, at, np.concatenate(pieces)), places + np.cumsum([len(p) for p in pieces]))
     return codes
 
@@ -157,7 +159,7 @@ class _Prepared:
     question: str = ""
     options: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
-    short: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    short: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))  # grams of question and options
     length: int = 0
 
 
@@ -176,12 +178,12 @@ class GramIndex:
 
     def __init__(self, n: int, grams: Sequence[np.ndarray], items: Sequence[int]) -> None:
         self.n = n
-        owners = np.repeat(np.array(items, dtype=np.int64), [len(g) for g in grams])
+        owners: np.ndarray = np.repeat(np.array(items, dtype=np.int64), [len(g) for g in grams])
         hashes = np.concatenate(grams) if grams else np.zeros(0, dtype=np.uint64)
         order = np.argsort(hashes, kind="stable")
         self.owners = owners[order]
         self.hashes, self.starts = np.unique(hashes[order], return_index=True)
-        self.counts = np.diff(np.append(self.starts, len(owners)))
+        self.counts: np.ndarray = np.diff(np.append(self.starts, len(owners)))
         self.filter: np.ndarray = np.zeros(1 << FILTER_BITS, dtype=bool)
         self.filter[self._slot(self.hashes)] = True
 
@@ -202,7 +204,7 @@ class GramIndex:
         positions, places = positions[same], places[same]
         times = self.counts[places]
         # of each hit, the items that own its gram
-        first = np.repeat(self.starts[places] - np.append(0, np.cumsum(times)[:-1]), times)
+        first: np.ndarray = np.repeat(self.starts[places] - np.append(0, np.cumsum(times)[:-1]), times)
         return np.repeat(positions, times), self.owners[first + np.arange(times.sum())], np.repeat(places, times)
 
 
@@ -273,22 +275,22 @@ class Detector:
         codes = to_codes("\0".join(texts))
         self.rows += len(texts)
         self.characters += sum(map(len, texts))
-        ends = np.append(np.flatnonzero(codes == 0), len(codes))
+        ends: np.ndarray = np.append(np.flatnonzero(codes == 0), len(codes))
         positions, owners, grams = self.long.find(codes)
         if len(positions):
-            found, counts = distinct_grams(owners, np.searchsorted(ends, positions), grams)
+            found, counts = distinct_grams(owners, np.asarray(np.searchsorted(ends, positions)), grams)
             np.maximum.at(self.best_grams, found[0], counts / self.long_counts[found[0]])
         for index in self.indices:
             positions, owners, grams = index.find(codes)
             if not len(positions):
                 continue
-            rows = np.searchsorted(ends, positions)
-            candidates = set()
+            rows: np.ndarray = np.asarray(np.searchsorted(ends, positions))
+            candidates: set[tuple[int, int, int]] = set()
             for shift in (0, BLOCK // 2):
                 # positions never fall, so each change of row or block begins a new cell
-                blocks = (positions + shift) // BLOCK
+                blocks: np.ndarray = (positions + shift) // BLOCK
                 begins = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(blocks, prepend=-1))
-                cells = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(positions))))
+                cells: np.ndarray = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(positions))))
                 found, counts = distinct_grams(owners, cells, grams)
                 chosen = found[:, counts >= self.needed[found[0]]]
                 first = begins[chosen[1]]
@@ -331,7 +333,12 @@ class Detector:
                 return "exact"
             if len(prepared.question) >= (LEAST_QUESTION if answered else LONE_QUESTION):
                 return "question"
-        return "near" if score >= NEAR and len(prepared.short) >= LEAST_GRAMS else "clean"
+        if score < NEAR or len(prepared.short) < LEAST_GRAMS:
+            return "clean"
+        # Many questions begin alike: their options must be there too, letter for letter or nearly so
+        grams = character_grams(window)
+        near = [len(own & grams) >= 0.5 * len(own) for own in map(character_grams, prepared.options)]
+        return "near" if sum(near) >= OPTIONS_NEEDED * len(near) else "clean"
 
     def results(self) -> list[Match]:
         """The best match of each item, in the order of the items."""
@@ -340,6 +347,11 @@ class Detector:
             match = self.matches.get(item.id, Match("clean", 0.0, 0.0, "", ""))
             found.append(match._replace(grams=round(float(self.best_grams[i]), 4)))
         return found
+
+
+def character_grams(text: str) -> set[str]:
+    """Pairs of characters; a single one by itself."""
+    return {text[i : i + 2] for i in range(max(1, len(text) - 1))}
 
 
 def best_containment(grams: np.ndarray, text: np.ndarray, width: int) -> float:
@@ -448,7 +460,7 @@ def check_sketch(items: Sequence[TestItem], sketch: Sketch) -> list[Match]:
         grams = grams[grams <= sketch.limit]
         places = np.minimum(np.searchsorted(sketch.grams, grams), max(len(sketch.grams) - 1, 0))
         share = float((sketch.grams[places] == grams).mean()) if len(grams) and len(sketch.grams) else 0.0
-        kind = "unknown" if not len(grams) else "grams" if share >= SKETCH_SHARE else "clean"
+        kind = "unknown" if len(grams) < LEAST_SKETCHED else "grams" if share >= SKETCH_SHARE else "clean"
         matches.append(Match(kind, round(share, 4), round(share, 4), "", ""))
     return matches
 

@@ -31,7 +31,7 @@ from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows,
 from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, build_batches, encode_all
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
-from suwen.text_width import width
+from suwen.tables import width
 
 if TYPE_CHECKING:
     from datasets import Dataset

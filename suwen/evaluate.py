@@ -23,12 +23,12 @@ from tqdm import tqdm
 from suwen.benchmarks import OWN_TASKS, TASKS
 from suwen.benchmarks.extraction import VERSION as EXTRACTION_VERSION
 from suwen.benchmarks.task import Candidates, Item, Items, Record, Task, read_items
-from suwen.checkpoint import set_aside
-from suwen.comparison import compare_folders, load_run, summarise_run
+from suwen.comparison import compare_folders, summarise_run
 from suwen.prompts import AnswerFile, folder_state, run_difference, run_record, with_system_prompt
 from suwen.readers import find_files, hash_file
 from suwen.records import timestamp, versions, write_json
 from suwen.report import format_comparison, format_results, write_report
+from suwen.runs import load_run
 
 if TYPE_CHECKING:
     from suwen.client import Endpoint
@@ -50,14 +50,16 @@ class Settings:
     max_new_tokens: int | None = None  # None: each task's own
     batch_size: int = 8
     system_prompt: str = ""
-    protocol: str = "suwen"
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def parse_tasks(names: str) -> list[Task]:
-    """ "cmexam,huatuo" as tasks; "own" stands for the project's own sets."""
+def parse_tasks(names: str, protocol: str = "suwen") -> list[Task]:
+    """ "cmexam,huatuo" as tasks; "own" stands for the project's own sets.
+
+    The protocol cmexam_official scores CMExam by the published scorer beside ours.
+    """
     wanted = [name for part in names.split(",") if (name := part.strip())]
     wanted = [name for part in wanted for name in (OWN_TASKS if part == "own" else (part,))]
     unknown = [name for name in wanted if name not in TASKS]
@@ -66,6 +68,10 @@ def parse_tasks(names: str) -> list[Task]:
         raise ValueError(
             f"--tasks: found {found}, expected some of {', '.join(TASKS)}, or own for the project's own sets"
         )
+    if protocol == "cmexam_official":
+        if "cmexam" not in wanted:
+            raise ValueError(f"--protocol cmexam_official: for the task cmexam, found --tasks {names}")
+        wanted.append("cmexam_official")
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 
@@ -78,13 +84,15 @@ def parse_data_files(text: str | None, tasks: Sequence[Task]) -> dict[str, list[
     for part in parts:
         name, equals, path = part.partition("=")
         if Path(part).exists() or not equals:
-            if len(tasks) > 1:
+            if len({task.name.removesuffix("_official") for task in tasks}) > 1:
                 known = ",".join(f"{task.name}=FILE" for task in tasks)
                 raise ValueError(f"--data_file {part}: {len(tasks)} tasks are asked for, expected {known}")
             name, path = tasks[0].name, part
         if name.strip() not in {task.name for task in tasks}:
             raise ValueError(f"--data_file: {name.strip()} is not among the --tasks")
         found.setdefault(name.strip(), []).extend(find_files(path.strip(), "--data_file")[0])
+    if "cmexam" in found and "cmexam_official" in {task.name for task in tasks}:
+        found.setdefault("cmexam_official", found["cmexam"])
     return found
 
 
@@ -96,7 +104,7 @@ def find_task_files(task: Task, data_dir: str | None, data_files: dict[str, list
     """
     if task.name in data_files:
         return data_files[task.name]
-    if data_dir:
+    if data_dir and task.patterns:
         root = Path(data_dir)
         fitting = []
         for file in find_files(data_dir, "--data_dir")[0]:
@@ -221,8 +229,7 @@ def run_mode(
             identity["extraction"] = EXTRACTION_VERSION
     path = records / f"{task.name}.{mode}.jsonl"
     if path.exists() and (difference := run_difference(path, identity)):
-        moved = set_aside([file for file in (path, run_record(path)) if file.exists()], records, "earlier")
-        print(f"{task.name}, {mode}: earlier records moved to {moved} ({difference})", flush=True)
+        print(f"{task.name}, {mode}: earlier records moved to {set_aside([path], records)} ({difference})", flush=True)
     output = AnswerFile(path, len(items), identity, key="id")
     todo = output.missing
     began, rows = time.perf_counter(), []
@@ -325,16 +332,29 @@ def read_header(output_dir: Path) -> dict[str, Any]:
 
 def remove_others(records: Path, model: dict[str, Any]) -> None:
     """Move records of another model aside, so that a folder holds one model."""
-    others = []
+    others: list[Path] = []
     for path in sorted(records.glob("*.jsonl")):
         try:
             known = json.loads(run_record(path).read_text(encoding="utf-8")).get("model")
         except (OSError, ValueError):
             known = None
         if known != json.loads(json.dumps(model)):
-            others += [file for file in (path, run_record(path)) if file.exists()]
+            others.append(path)
     if others:
-        print(f"records of another model moved to {set_aside(others, records, 'earlier')}", flush=True)
+        print(f"records of another model moved to {set_aside(others, records)}", flush=True)
+
+
+def set_aside(paths: Sequence[Path], records: Path) -> Path:
+    """Move records, and what they were made with, into a folder of their own; nothing is deleted."""
+    number = 1
+    while (target := records / f"earlier-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in paths:
+        for file in (path, run_record(path)):
+            if file.exists():
+                file.rename(target / file.name)
+    return target
 
 
 # ------------------------------------------------------------------------------------------------------ for the stages

@@ -3,8 +3,8 @@
 The continuations of a question form a tree behind its prefix: "A", "AB", "ABC" share their beginnings. Prefix and tree
 are laid out in one row, each token once, several questions behind one another without padding; position ids restart at
 each question, and an explicit attention mask lets a token see its own question's prefix and its own ancestors only
-(the tree attention of SpecInfer, Miao et al. 2024, arXiv:2305.09781). 31 sets of five letters cost 16 tokens more than the
-question alone, where one row for each set would cost 31 questions.
+(the tree attention of SpecInfer, Miao et al. 2024, arXiv:2305.09781). The 31 sets of five letters cost 31 tokens more
+than the question alone, where a row for each of them would cost 31 questions.
 
 Not every model can be asked so (ALiBi, linear attention, sliding windows shorter than the question). A probe with real
 questions compares with plain rows first, and such models are scored by plain rows of equal length.
@@ -52,12 +52,8 @@ def encode_choice(tokenizer: Any, prefix: str, texts: Sequence[str]) -> Choice:
     """
     beginning = default_beginning(tokenizer) or [tokenizer.eos_token_id]
     base, *wholes = token_ids(tokenizer, [prefix, *(prefix + text for text in texts)])
-    shared = len(base)
-    for whole in wholes:
-        same = next(
-            (i for i, (a, b) in enumerate(zip(base, whole, strict=False)) if a != b), min(len(base), len(whole))
-        )
-        shared = min(shared, same, len(whole) - 1)
+    shared = min([len(base), *(len(whole) - 1 for whole in wholes)])
+    shared = min(next((i for i in range(shared) if base[i] != whole[i]), shared) for whole in wholes)
     return Choice(beginning + base[:shared], [whole[shared:] for whole in wholes])
 
 
@@ -200,7 +196,8 @@ class Scorer:
         rows, tokens = torch.tensor(steps, device=device).T
         logits = logits.float()
         logps = (logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]).tolist()
-        scores, at = [], 0
+        scores: list[list[float]] = []
+        at = 0
         for tree in trees:
             scores.append([])
             for path in tree.paths:

@@ -1,7 +1,7 @@
-"""Near-duplicates among many texts by MinHash and banding; Broder 1997, Leskovec et al., "Mining of Massive Datasets" 3.4.
+"""Near-duplicates among many texts by MinHash and banding (Leskovec et al., "Mining of Massive Datasets", 3.3-3.4).
 
-Texts are compared by the Jaccard similarity of their sets of character grams. Signatures estimate it, bands of them find
-the pairs that are worth a look, and each pair found is then compared exactly, so no text is called a duplicate by chance.
+Texts are compared by the Jaccard similarity of their sets of character grams. Signatures estimate it, bands of them
+find the pairs that are worth a look, and each pair found is compared exactly: no text is called a duplicate by chance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from suwen.contamination import hash_grams, to_codes
 GRAM = 5  # characters
 PERMUTATIONS = 128
 SEED = 0
-MERSENNE = np.uint64((1 << 61) - 1)
 
 
 def gram_set(text: str, gram: int = GRAM) -> np.ndarray:
@@ -35,13 +34,13 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 def signatures(sets: Iterable[np.ndarray], permutations: int = PERMUTATIONS) -> np.ndarray:
     """(N, permutations) uint32 MinHash signatures: two agree in a place as often as their sets are similar."""
+    # multiply-shift hashing (Dietzfelbinger et al. 1997): the upper half of a product modulo 2**64
     rng = np.random.default_rng(SEED)
-    factor = rng.integers(1, 2**31, size=permutations, dtype=np.uint64)
-    offset = rng.integers(0, 2**31, size=permutations, dtype=np.uint64)
-    rows = []
+    factor = rng.integers(0, 2**63, size=permutations, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    offset = rng.integers(0, 2**63, size=permutations, dtype=np.uint64)
+    rows: list[np.ndarray] = []
     for grams in sets:
-        low = grams & np.uint64(0x3FFFFFFF)  # 30 bits: the product stays below 2**61
-        values = (low[:, None] * factor + offset) % MERSENNE
+        values = (grams[:, None] * factor + offset) >> np.uint64(32)
         empty: np.ndarray = np.zeros(permutations, dtype=np.uint64)
         rows.append((values.min(axis=0) if len(grams) else empty).astype(np.uint32))
     return np.stack(rows) if rows else np.zeros((0, permutations), dtype=np.uint32)

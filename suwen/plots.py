@@ -31,7 +31,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(step * k, 10) for k in range(first, last + 1)]
 
 
-def score_plot(points: Sequence[Point], floors: dict[str, float], unit: str) -> str:
+def score_plot(points: Sequence[Point], floors: dict[str, float], caption: str) -> str:
     """Scores as dots with their intervals, one a line; floors as dashed lines."""
     numbers = [x for p in points for x in (p.value, p.low, p.high) if x is not None] + list(floors.values())
     marks = ticks(min(numbers), max(numbers))
@@ -46,7 +46,7 @@ def score_plot(points: Sequence[Point], floors: dict[str, float], unit: str) -> 
     for mark in marks:
         parts.append(f'<line x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{TOP}" y2="{bottom}" class="grid"/>')
         parts.append(f'<text x="{x(mark):.1f}" y="{bottom + 16}" class="tick" text-anchor="middle">{mark:g}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{bottom + 16}" class="tick">{html.escape(unit)}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 10}" class="tick">{html.escape(caption)}</text>')
     for i, (name, value) in enumerate(floors.items()):
         place = bottom + 34 + 15 * i
         parts.append(f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{place - 9}" class="floor"/>')

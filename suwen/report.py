@@ -6,13 +6,11 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from suwen.plots import COLOURS, Point, score_plot
-from suwen.text_width import pad_cells
-
-if TYPE_CHECKING:
-    from suwen.comparison import Run
+from suwen.runs import Run
+from suwen.tables import table
 
 WORST_ITEMS = 12
 SHOWN_CELLS = 12  # of an annotation, the largest
@@ -22,26 +20,7 @@ ALSO_SHOWN = {
     "Distinct-2", "criterion 1 (one term)", "criterion 2 (half)", "criterion 3 (two thirds)",
     "named among wrong ones", "perplexity per character",
 }  # fmt: skip
-STYLE = """
-:root { --ink: #1a202c; --soft: #5f6b7a; --line: #dde3ea; --back: #fff; --band: #f6f8fa; --good: #1f7a44; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --line: #39424e; --back: #171b21;
-  --band: #20262e; --good: #5fce8d; --bad: #ff8a80 } }
-body { font: 15px/1.55 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif; color: var(--ink);
-  background: var(--back); max-width: 1020px; margin: 2rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { margin: 2.6rem 0 .6rem; font-size: 1.25rem;
-  border-bottom: 1px solid var(--line); padding-bottom: .3rem } h3 { margin: 1.4rem 0 .4rem; font-size: 1rem }
-table { border-collapse: collapse; margin: .5rem 0; font-size: .92rem; font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto } th, td { padding: .28rem .7rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child, td.text, th.text { text-align: left } th { color: var(--soft); font-weight: 600 }
-tr { border-bottom: 1px solid var(--line) } tbody tr:nth-child(even) { background: var(--band) }
-td.text { max-width: 26rem; overflow-wrap: anywhere } .soft, td.small { color: var(--soft) } td.small { opacity: .65 }
-.interval { color: var(--soft); font-size: .85em; white-space: nowrap } .better { color: var(--good); font-weight: 600 }
-.worse { color: var(--bad); font-weight: 600 } details { margin: .6rem 0 } summary { cursor: pointer; color: var(--soft) }
-svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font-size: 12px } svg .tick { fill: var(--soft) }
-svg .value { font-weight: 600 } svg .grid { stroke: var(--line) } svg .floor { stroke: var(--soft); stroke-dasharray: 4 3 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--band); padding: .6rem .8rem; margin: .3rem 0;
-  font-size: .85rem } .key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin: 0 .35em 0 .9em }
-"""
+STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -66,20 +45,14 @@ def unit_of(metric: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- terminal
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns padded to their widest cell; the first `left` ones to the left, all others to the right."""
-    columns = zip(*rows, strict=True)
-    padded = [pad_cells(column, right=i >= left) for i, column in enumerate(columns)]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
-
-
 def format_results(results: dict[str, Any]) -> str:
     """The scores of one model for the terminal."""
     rows = [["task", "mode", "score", "value", "95 % interval", "items"]]
     notes = []
     for name, entry in results["tasks"].items():
         for mode, summary in entry["modes"].items():
-            for metric, score in summary["metrics"].items():
+            headline = {entry["headline"]: summary["metrics"][entry["headline"]]}
+            for metric, score in (headline | summary["metrics"]).items():
                 if metric != entry["headline"] and metric not in ALSO_SHOWN:
                     continue
                 first = metric == entry["headline"]
@@ -218,11 +191,12 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
     parts.append(tag("p", html.escape("; ".join(notes)), class_="soft"))
     modes = list(dict.fromkeys(mode for _, e in having for mode in e["modes"]))
     points = [
-        Point(f"{run.name}, {mode}", i, *(e["modes"][mode]["metrics"][e["headline"]].get(k) for k in ("value", "low", "high")))
+        Point(f"{run.name}, {mode}", i, score["value"], score.get("low"), score.get("high"))
         for mode in modes for i, (run, e) in enumerate(having) if mode in e["modes"]
+        for score in [e["modes"][mode]["metrics"][e["headline"]]]
     ]  # fmt: skip
     floors = entry["modes"][modes[0]].get("floors", {})
-    parts.append(score_plot(points, floors, f"{unit_of(entry['headline'])} {entry['headline']}".strip()))
+    parts.append(score_plot(points, floors, ", ".join(filter(None, [entry["headline"], unit_of(entry["headline"])]))))
     for mode in modes:
         summaries = [e["modes"].get(mode) for _, e in having]
         metrics = list(dict.fromkeys(metric for s in summaries if s for metric in s["metrics"]))
@@ -264,29 +238,26 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
 
 
 def breakdown(entry: dict[str, Any], modes: Sequence[str]) -> str:
+    """Scores by annotation, a column for each mode; small cells in grey."""
+    by_mode = {mode: entry["modes"][mode]["groups"] for mode in modes if mode in entry["modes"]}
     parts = []
-    for annotation in entry["modes"][modes[-1]]["groups"] if modes[-1] in entry["modes"] else ():
-        groups = [entry["modes"][mode]["groups"].get(annotation) for mode in modes if mode in entry["modes"]]
-        values = list(groups[-1]["cells"])
+    for annotation in dict.fromkeys(name for groups in by_mode.values() for name in groups):
+        columns = [groups[annotation] for groups in by_mode.values() if annotation in groups]
+        cells = columns[0]["cells"]
         rows = []
-        for value in values[:SHOWN_CELLS]:
-            cells = [group["cells"].get(value) if group else None for group in groups]
-            small = cells[-1] and cells[-1]["small"]
-            shown = [score_cell(cell) for cell in cells]
-            row = [html.escape(value), *shown, f"{cells[-1]['n']:,}"]
-            rows.append("".join(tag("td", cell, class_="small" if small else "") for cell in row))
-        rows.append(
-            "".join(tag("td", c) for c in ["mean of values", *(f"{g['macro']:.2f}" if g else "" for g in groups), ""])
-        )
-        head = "".join(
-            tag("th", html.escape(c)) for c in [annotation, *(m for m in modes if m in entry["modes"]), "items"]
-        )
-        body = "".join(tag("tr", row) for row in rows)
-        parts.append(tag("div", tag("table", tag("thead", tag("tr", head)) + tag("tbody", body)), class_="wide"))
-        if len(values) > SHOWN_CELLS:
-            parts.append(tag("p", f"{len(values) - SHOWN_CELLS} more values are in results.json", class_="soft"))
-    title = "by annotation (grey: fewer than 30 items)"
-    return folded(title, "".join(parts)) if parts else ""
+        for value in list(cells)[:SHOWN_CELLS]:
+            shown = [
+                html.escape(value),
+                *(score_cell(c["cells"].get(value)) for c in columns),
+                f"{cells[value]['n']:,}",
+            ]
+            grey = "small" if cells[value]["small"] else ""
+            rows.append([tag("span", cell, class_=grey) if grey else cell for cell in shown])
+        rows.append(["mean of values", *(f"{column['macro']:.2f}" for column in columns), ""])
+        parts.append(html_table([annotation, *by_mode, "items"], rows))
+        if len(cells) > SHOWN_CELLS:
+            parts.append(tag("p", f"{len(cells) - SHOWN_CELLS} more values are in results.json", class_="soft"))
+    return folded("by annotation (grey: fewer than 30 items)", "".join(parts)) if parts else ""
 
 
 def item_text(record: dict[str, Any]) -> str:
@@ -332,7 +303,7 @@ def worst_items(run: Run, name: str, entry: dict[str, Any]) -> str:
 
 def disagreements(run: Run, name: str, counts: dict[str, Any]) -> str:
     written = {record["id"]: record for record in run.records[name, "generate"]}
-    rows = []
+    rows: list[list[str]] = []
     for record in run.records[name, "likelihood"]:
         other = written.get(record["id"])
         key = "choice" if counts["of"] == "choices" else "correct"
@@ -351,7 +322,7 @@ def disagreements(run: Run, name: str, counts: dict[str, Any]) -> str:
 def write_report(
     path: Path, runs: Sequence[Run], results: Sequence[dict[str, Any]], comparison: dict[str, Any] | None
 ) -> None:
-    """One page with everything: overview, comparison, and a section for each task. Nothing in it is loaded from outside."""
+    """One page with everything: overview, comparison, a section for each task. Nothing is loaded from outside."""
     title = " → ".join(run.name for run in runs)
     key = "".join(
         f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(run.name)}'
@@ -371,6 +342,7 @@ def write_report(
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
-    page = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
+    head = tag("head", head + tag("style", STYLE))
+    page = f"<!doctype html>\n{tag('html', head + tag('body', ''.join(parts)), lang='en')}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")

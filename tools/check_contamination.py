@@ -1,8 +1,8 @@
 """Find test items in training data: verbatim, with options reordered, or reworded. Offline, on the CPU.
 
     python tools/check_contamination.py --tasks exam --train_file_dir data/sft,data/pretrain
-    python tools/check_contamination.py --tasks cmexam --data_file cmexam.csv --train_file_dir DIR --evaluation outputs/sft/eval
-    python tools/check_contamination.py --tasks cmexam --data_file cmexam.csv --sketch outputs/sft/training_sketch.safetensors
+    python tools/check_contamination.py --tasks cmexam --data_dir DIR --train_file_dir DIR --evaluation outputs/sft/eval
+    python tools/check_contamination.py --tasks cmexam --data_dir DIR --sketch outputs/sft/training_sketch.safetensors
 
 With --evaluation, a folder that evaluation.py wrote, the scores are also given on clean and on dirty items alone. With
 --sketch the data itself is not needed: a training leaves the hashes of its 13-grams beside its weights.
@@ -98,7 +98,7 @@ def find_matches(args: argparse.Namespace, items: Sequence[TestItem]) -> list[Ma
 def clean_scores(folder: str, task: str, dirty: set[str]) -> dict[str, Any]:
     """Mean scores of an evaluation on all, clean and dirty items, by mode."""
     from suwen.benchmarks import TASKS
-    from suwen.comparison import load_run
+    from suwen.runs import load_run
 
     found: dict[str, Any] = {}
     for (name, mode), records in load_run(folder).records.items():
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     from suwen import evaluate
     from suwen.contamination import DIRTY, KINDS
     from suwen.records import write_json
-    from suwen.report import table
+    from suwen.tables import table
 
     tasks = evaluate.parse_tasks(args.tasks)
     named = evaluate.parse_data_files(args.data_file, tasks)
@@ -158,9 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(output / "contamination.json", summary)
     print(table(rows))
     for _, _, name, question, match in sorted(worst, key=lambda entry: entry[:2])[:SHOWN]:
-        print(
-            f"  {match.kind} {match.score:.2f}  {name}: {question[:50]}  <- {match.where or 'sketch'}: {match.excerpt[:50]}"
-        )
+        place = f"{match.where or 'sketch'}: {match.excerpt[:50]}"
+        print(f"  {match.kind} {match.score:.2f}  {name}: {question[:50]}  <- {place}")
     for name, entry in summary["tasks"].items():
         for mode, scores in entry.get("scores", {}).items():
             parts = [f"{part} {s['score']:.2f} ({s['n']:,})" for part, s in scores.items() if s["score"] is not None]

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from suwen.benchmarks.extraction import REASONS, extract_choice
-from suwen.benchmarks.task import Candidates, Item, Record, Row, lower_keys, text_of
+from suwen.benchmarks.task import Candidates, Item, Record, Row, lower_keys, rate, text_of
 from suwen.formats import BadRow
-from suwen.statistics import wilson_interval
 
 LETTERS = "ABCDEFGHIJ"
 MOST_SUBSETS = 6  # options up to which all subsets are candidates: 63 of them
@@ -227,12 +226,6 @@ def weighted_f1(golds: Sequence[str], choices: Sequence[str]) -> tuple[float, fl
     )
 
 
-def rate(successes: int, n: int) -> dict[str, float | int]:
-    """A percentage with its Wilson interval."""
-    low, high = wilson_interval(successes, n)
-    return {"value": 100 * successes / n if n else 0.0, "low": 100 * low, "high": 100 * high, "n": n}
-
-
 def summarise_choice(records: Sequence[Record]) -> dict[str, Any]:
     """Scores of the records of one mode. Unanswered questions stay in every denominator, as wrong."""
     golds, choices = [r["target"] for r in records], [r["choice"] for r in records]
@@ -271,4 +264,7 @@ def choice_floors(records: Sequence[Record]) -> dict[str, float]:
     letter = sum(1 / len(r["options"]) for r in records if len(r["target"]) == 1) / n
     subset = sum(1 / (2 ** len(r["options"]) - 1) for r in records) / n
     (majority, count), *_ = Counter(r["target"] for r in records).most_common(1)
-    return {"random letter": 100 * letter, "random set": 100 * subset, f"always {majority}": 100 * count / n}
+    floors = {"random letter": 100 * letter, "random set": 100 * subset, f"always {majority}": 100 * count / n}
+    if all(len(r["target"]) == 1 for r in records):
+        del floors["random set"]
+    return floors

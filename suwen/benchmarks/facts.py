@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from suwen.benchmarks.choice import rate
-from suwen.benchmarks.task import MODES, Candidates, Item, Record, Row, Task, lower_keys, text_of
+from suwen.benchmarks.task import MODES, Candidates, Item, Record, Row, Task, lower_keys, rate, text_of
 from suwen.benchmarks.terms import named, normalise_term, term_list
 from suwen.formats import BadRow
 

@@ -47,8 +47,20 @@ def unasked(item: Item, answer: str = "") -> Any:
 
 
 GENERAL_TEXT = Task(
-    name="general_text", title="General text (forgetting meter)", version=VERSION, parse=parse_text, ask=unasked,
-    judge=unasked, summarise=summarise_text, headline="bits per character", paired="bits", modes=("likelihood",), candidates=whole_text,
-    choose=measure_text, default_file="general_text.txt", patterns=("*general_text*",), lower_is_better=True,
-    source="written for this project",
-)  # fmt: skip
+    name="general_text",
+    title="General text (forgetting meter)",
+    version=VERSION,
+    parse=parse_text,
+    ask=unasked,
+    judge=unasked,
+    summarise=summarise_text,
+    headline="bits per character",
+    paired="bits",
+    modes=("likelihood",),
+    candidates=whole_text,
+    choose=measure_text,
+    default_file="general_text.txt",
+    patterns=("*general_text*",),
+    lower_is_better=True,
+    source="own set by default; any file of texts",
+)

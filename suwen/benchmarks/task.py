@@ -11,6 +11,7 @@ from typing import Any
 
 from suwen.formats import BadRow
 from suwen.readers import Refusal, file_kind, find_encoding, read_records
+from suwen.statistics import wilson_interval
 
 MODES = ("likelihood", "generate")
 
@@ -175,3 +176,9 @@ def text_of(row: Row, names: Sequence[str], reason: str) -> str:
 
 def lower_keys(row: Row) -> Row:
     return {str(key).strip().lower(): value for key, value in row.items() if value is not None}
+
+
+def rate(successes: int, n: int) -> dict[str, float | int]:
+    """A percentage with its Wilson interval."""
+    low, high = wilson_interval(successes, n)
+    return {"value": 100 * successes / n if n else 0.0, "low": 100 * low, "high": 100 * high, "n": n}

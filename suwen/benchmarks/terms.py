@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from suwen.benchmarks.choice import rate
-from suwen.benchmarks.task import Item, PublishedRow, Record, Row, Task, lower_keys, text_of
+from suwen.benchmarks.task import Item, PublishedRow, Record, Row, Task, lower_keys, rate, text_of
 from suwen.formats import BadRow
 from suwen.statistics import bootstrap_interval
 
