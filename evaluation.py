@@ -42,7 +42,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="suwen",
         help="cmexam_official: also CMExam's published scorer, on its own prompt (default: suwen)",
     )
-    group.add_argument("--output_dir", metavar="DIR", help="records, results.json, report.html (default: MODEL/eval)")
+    group.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="records, results.json, report.html (default: eval in a stage, else outputs/MODEL/eval)",
+    )
     group.add_argument("--compare", nargs="+", metavar="DIR", help="compare evaluations, in this order; asks no model")
     group = parser.add_argument_group("answers")
     group.add_argument("--batch_size", type=int, default=8, metavar="N", help="answers written at once (default: 8)")
@@ -119,9 +123,9 @@ def main(argv: list[str] | None = None) -> None:
         args.base_model = args.base_model or (None if args.lora_model else find_default_model())
         served = load_served(args)
         identity, ask = evaluate.model_identity(args, served.names), evaluate.ask_model(served, args.batch_size)
-        folder = args.output_dir or f"{served.names[-1]}/eval"
-        if not args.output_dir and not Path(served.names[-1]).is_dir():
-            folder = f"outputs/{served.names[-1].replace('/', '_')}/eval"
+        stage = Path(served.names[-1])
+        ours = (stage / "run.json").is_file() or (stage / "merge.json").is_file()
+        folder = args.output_dir or (f"{stage}/eval" if ours else f"outputs/{stage.name}/eval")
 
     # Evaluation: records, scores, report
     results = evaluate.evaluate(tasks, files, Path(folder), settings, identity, served, ask, read)

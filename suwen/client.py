@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from suwen.formats import THINKING
+
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT = 60.0  # seconds, also where a server asks for more
@@ -114,9 +116,12 @@ def read_reply(endpoint: Endpoint, response: httpx.Response) -> Reply:
         body = response.json()
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
+        content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
+        if not reasoning and (inline := THINKING.fullmatch(content)):
+            reasoning, content = inline[1].strip(), inline[2]
         return Reply(
-            message.get("content") or "",
-            message.get("reasoning_content") or "",
+            content,
+            reasoning,
             choice.get("finish_reason") or "",
             usage.get("prompt_tokens") or 0,
             usage.get("completion_tokens") or 0,

@@ -344,7 +344,8 @@ class Detector:
         """The best match of each item, in the order of the items."""
         found = []
         for i, item in enumerate(self.items):
-            match = self.matches.get(item.id, Match("clean", 0.0, 0.0, "", ""))
+            short = not item.options and len(self.prepared[i].question) < LEAST_QUESTION
+            match = self.matches.get(item.id, Match("unknown" if short else "clean", 0.0, 0.0, "", ""))
             found.append(match._replace(grams=round(float(self.best_grams[i]), 4)))
         return found
 

@@ -219,10 +219,10 @@ def static_fields(item: Item) -> Record:
 def run_mode(
     task: Task, mode: str, items: list[Item], records: Path, identity: dict[str, Any],
     served: Served | None, ask: Ask, settings: Settings,
-) -> dict[str, Any]:  # fmt: skip
-    """Ask what is not yet answered; returns how long it took."""
+) -> tuple[int, float]:  # fmt: skip
+    """Ask what is not yet answered; returns how many items that were, and the seconds it took."""
     longest = settings.max_new_tokens or task.max_new_tokens
-    identity = identity | {"task": [task.name, task.version], "items": hash_ids(items)}
+    identity = identity | {"task": [task.name, task.version], "items": hash_items(items)}
     if mode == "generate":
         identity |= {"max_new_tokens": longest, "system_prompt": settings.system_prompt}
         if task.headline == "accuracy":
@@ -255,12 +255,12 @@ def run_mode(
             progress.update()
     output.append(rows)
     output.finish()
-    seconds = time.perf_counter() - began
-    return {"answered": len(todo), "seconds": round(seconds, 2)}
+    return len(todo), time.perf_counter() - began
 
 
-def hash_ids(items: Sequence[Item]) -> str:
-    return hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()
+def hash_items(items: Sequence[Item]) -> str:
+    content = json.dumps([[item.id, item.target, item.groups] for item in items], ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def evaluate(
@@ -300,26 +300,29 @@ def evaluate(
         if not modes:
             print(f"{task.name}: left out, it has no {' or '.join(settings.modes)} mode here", flush=True)
             continue
+        timing = header["tasks"].get(task.name, {}).get("timing", {})
         header["tasks"][task.name] = {
             "version": task.version,
             "files": {str(file): hash_file(file) for file in files[task.name]},
             "own": bool(task.default_file) and files[task.name] == [OWN_DATA / (task.default_file or "")],
             "notes": found.notes(),
             "refused": len(found.refused),
-            "timing": {},
+            "timing": timing,
         }
         for mode in modes:
-            timing = run_mode(task, mode, found.items, records, {"model": model}, served, ask, settings)
-            header["tasks"][task.name]["timing"][mode] = timing
-            if timing["answered"]:
-                each = timing["seconds"] / timing["answered"]
-                line = f"{task.name}, {mode}: {timing['answered']:,} items in {timing['seconds']:.1f} s"
-                print(f"{line} ({1000 * each:.1f} s for 1,000)", flush=True)
+            answered, seconds = run_mode(task, mode, found.items, records, {"model": model}, served, ask, settings)
+            if answered:
+                timing[mode] = {"answered": answered, "seconds": round(seconds, 2)}
+                each = f"{1000 * seconds / answered:.1f} s for 1,000"
+                print(f"{task.name}, {mode}: {answered:,} items in {seconds:.1f} s ({each})", flush=True)
         header["finished_at"] = timestamp()
         write_json(output_dir / "run.json", header)
-    results = summarise_run(load_run(output_dir))
+    if not header["tasks"]:
+        raise ValueError(f"--tasks {','.join(task.name for task in tasks)}: nothing of it can be asked here")
+    run = load_run(output_dir)
+    results = summarise_run(run)
     write_json(output_dir / "results.json", results)
-    write_report(output_dir / "report.html", [load_run(output_dir)], [results], None)
+    write_report(output_dir / "report.html", [run], [results], None)
     return results
 
 

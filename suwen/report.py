@@ -13,6 +13,7 @@ from suwen.runs import Run
 from suwen.tables import table
 
 WORST_ITEMS = 12
+SHOWN_PUBLISHED = 4
 SHOWN_CELLS = 12  # of an annotation, the largest
 # Scores that are worth a line of the terminal beside the headline
 ALSO_SHOWN = {
@@ -62,6 +63,9 @@ def format_results(results: dict[str, Any]) -> str:
         floors = next(iter(entry["modes"].values())).get("floors", {})
         if floors:
             notes.append(f"{name}: " + ", ".join(f"{floor} {value:.1f} %" for floor, value in floors.items()))
+        if published := [row for row in entry.get("published", ()) if entry["headline"] in row["scores"]]:
+            shown = [f"{row['system']} {row['scores'][entry['headline']]:.1f}" for row in published[:SHOWN_PUBLISHED]]
+            notes.append(f"{name}: published under other protocols: {', '.join(shown)} (all in report.html)")
         if disagreement := entry.get("disagreement"):
             share = 100 * disagreement["differ"] / max(disagreement["n"], 1)
             notes.append(f"{name}: the two modes differ in {share:.1f} % of the items ({disagreement['of']})")

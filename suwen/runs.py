@@ -28,6 +28,8 @@ def load_run(folder: str | Path) -> Run:
         ValueError: there are no records in it, or a row of them cannot be read.
     """
     folder = Path(folder)
+    if not (folder / "records").is_dir() and (folder / "eval" / "records").is_dir():
+        folder = folder / "eval"  # the stage was named
     records: dict[tuple[str, str], list[Record]] = {}
     for path in sorted((folder / "records").glob("*.jsonl")):
         task, _, mode = path.name.removesuffix(".jsonl").rpartition(".")

@@ -1,47 +1,12 @@
 """The client against a real HTTP server on this machine."""
 
-import json
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from http_server import server
 
 from suwen.client import Endpoint, EndpointError, complete_chat, complete_chats, open_client
-
-
-@contextmanager
-def server(answer):
-    """A server whose `answer(request body, number of the request)` gives (status, headers, body)."""
-    seen, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            with lock:
-                seen.append((self.path, self.headers.get("authorization"), body))
-                number = len(seen)
-            status, headers, content = answer(body, number)
-            payload = json.dumps(content).encode() if not isinstance(content, bytes) else content
-            self.send_response(status)
-            for name, value in {**headers, "content-length": str(len(payload))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(payload)
-
-        def log_message(self, *_):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.daemon_threads = True
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}", seen
-    finally:
-        running.shutdown()
-        running.server_close()
 
 
 def echo(body, _number=0):
@@ -140,3 +105,10 @@ def test_an_endless_stream_of_questions_is_taken_step_by_step():
 def test_a_url_is_checked_before_anything_is_sent(url):
     with pytest.raises(ValueError, match="--api_base"):
         Endpoint(url, "m")
+
+
+def test_thinking_written_into_the_answer_is_taken_apart():
+    message = {"content": "<think>\n先想\n</think>\n\n答案：C"}
+    with server(lambda body, number: (200, {}, {"choices": [{"message": message}]})) as (url, _):
+        [(_, reply)] = complete_chats(Endpoint(url, "m"), [ask("甲")])
+    assert (reply.reasoning, reply.content) == ("先想", "答案：C")

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_client import server
+from http_server import server
 from tiny import tiny_model, tiny_tokenizer
 
 import evaluation
@@ -226,6 +226,15 @@ def test_records_of_other_questions_or_models_are_moved_aside(model_folder, tmp_
     assert "records of another model moved to" in capsys.readouterr().out
     assert results["tasks"]["cmexam"]["modes"]["generate"]["n"] == 5
     assert len(list((tmp_path / "eval" / "records").glob("earlier-*/*.jsonl"))) == 4
+
+
+def test_corrected_answers_are_not_scored_by_the_old_key(model_folder, tmp_path):
+    served, rows = served_model(model_folder), exam_rows(4)
+    run_cmexam(tmp_path, served, rows)
+    rows[0]["Answer"] = "E" if rows[0]["Answer"] != "E" else "A"
+    run_cmexam(tmp_path, served, rows)
+    first = json.loads(open(tmp_path / "eval" / "records" / "cmexam.generate.jsonl", encoding="utf-8").readline())
+    assert first["target"] == rows[0]["Answer"]
 
 
 def test_a_stage_is_compared_with_the_one_before(model_folder, tmp_path, capsys):
