@@ -60,12 +60,16 @@ def format_results(results: dict[str, Any]) -> str:
                 shown = number(score["value"], " %" if unit_of(metric) == "%" else "")
                 label = (name, mode) if first else ("", "")
                 rows.append([*label, metric, shown, interval(score), f"{summary['n']:,}" if first else ""])
+        for summary in entry["modes"].values():
+            shown_scores = {m: s for m, s in summary["metrics"].items() if m in {*ALSO_SHOWN, entry["headline"]}}
+            signatures = [score["signature"] for score in shown_scores.values() if "signature" in score]
+            notes += [f"{name}: {' '.join(signatures)}"] if signatures else []
         floors = next(iter(entry["modes"].values())).get("floors", {})
         if floors:
             notes.append(f"{name}: " + ", ".join(f"{floor} {value:.1f} %" for floor, value in floors.items()))
         if published := [row for row in entry.get("published", ()) if entry["headline"] in row["scores"]]:
-            shown = [f"{row['system']} {row['scores'][entry['headline']]:.1f}" for row in published[:SHOWN_PUBLISHED]]
-            notes.append(f"{name}: published under other protocols: {', '.join(shown)} (all in report.html)")
+            known = [f"{row['system']} {row['scores'][entry['headline']]:.1f}" for row in published[:SHOWN_PUBLISHED]]
+            notes.append(f"{name}: published under other protocols: {', '.join(known)} (all in report.html)")
         if disagreement := entry.get("disagreement"):
             share = 100 * disagreement["differ"] / max(disagreement["n"], 1)
             notes.append(f"{name}: the two modes differ in {share:.1f} % of the items ({disagreement['of']})")
@@ -146,6 +150,13 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
     return html_table(["task", *(result["name"] for result in results), "without knowledge", "items"], rows)
 
 
+def metric_name(metric: str, summaries: Sequence[dict[str, Any] | None]) -> str:
+    """A score's name, with its signature below where it has one."""
+    scores = [summary["metrics"][metric] for summary in summaries if summary and metric in summary["metrics"]]
+    signature = scores[0].get("signature", "")
+    return html.escape(metric) + (tag("div", html.escape(signature), class_="interval") if signature else "")
+
+
 def tasks_and_modes(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], str]]:
     """Each task and mode that any of the results has, with the entry of the last one that has it."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -206,7 +217,7 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
         metrics = list(dict.fromkeys(metric for s in summaries if s for metric in s["metrics"]))
         rows = [
             [
-                html.escape(metric),
+                metric_name(metric, summaries),
                 *(score_cell(s["metrics"].get(metric), unit_of(metric)) if s else "" for s in summaries),
             ]
             for metric in metrics
@@ -218,11 +229,6 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
             if any(s and s.get(key) for s in summaries):
                 rows.append([title, *(f"{s.get(key, 0):,}" if s else "" for s in summaries)])
         parts.append(tag("h3", mode) + html_table(["score", *(run.name for run, _ in having)], rows))
-        signatures = {
-            score["signature"] for s in summaries if s for score in s["metrics"].values() if "signature" in score
-        }
-        if signatures:
-            parts.append(folded("signatures", tag("pre", "\n".join(sorted(signatures)))))
     parts.append(breakdown(entry, modes))
     for run, e in having:
         parts.append(worst_items(run, name, e))
