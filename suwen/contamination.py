@@ -94,7 +94,7 @@ def hash_grams(codes: Codes, n: int) -> np.ndarray:
     """
     if len(codes) < n:
         return np.zeros(0, dtype=np.uint64)
-    base = np.uint64(0x9E3779B97F4A7C15 | 1)
+    base = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         part, size, power = codes.astype(np.uint64) + np.uint64(1), 1, base
         whole: np.ndarray | None = None
@@ -132,7 +132,7 @@ def strings(value: Any) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------- items
 
 
-class TestItem(NamedTuple):
+class SoughtItem(NamedTuple):
     """What is looked for: a question, its options, and the texts of the right answer."""
 
     id: str
@@ -155,15 +155,21 @@ class Match(NamedTuple):
 class _Prepared:
     """A test item as it is compared."""
 
-    item: TestItem
+    item: SoughtItem
     question: str = ""
     options: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     short: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))  # grams of question and options
     length: int = 0
+    tiny: bool = False  # can be found with its options in their order only
 
 
-def segments(item: TestItem) -> list[Codes]:
+def printed(item: SoughtItem) -> str:
+    """Question and options in their order, with their letters."""
+    return item.question + "".join(f" {chr(65 + i)} {option}" for i, option in enumerate(item.options))
+
+
+def segments(item: SoughtItem) -> list[Codes]:
     """Question and options apart, so that no gram depends on the order of the options."""
     return [to_codes(text) for text in (item.question, *item.options)]
 
@@ -224,7 +230,7 @@ def distinct_grams(owners: np.ndarray, cells: np.ndarray, grams: np.ndarray) -> 
 class Detector:
     """Looks for test items in training text; `matches` holds the best place of each item found so far."""
 
-    def __init__(self, items: Sequence[TestItem]) -> None:
+    def __init__(self, items: Sequence[SoughtItem]) -> None:
         self.items = list(items)
         self.prepared: list[_Prepared] = []
         self.matches: dict[str, Match] = {}
@@ -248,6 +254,9 @@ class Detector:
                 needed.append(int(np.clip(0.12 * len(grams), 3, 10)))
             else:
                 small.append(segment_grams(parts, SMALL_SEED))
+                if len(small[-1]) < 2:  # the question as it is printed, the only thing long enough to look for
+                    small[-1] = segment_grams([to_codes(printed(item))], SMALL_SEED)
+                    prepared.tiny = True
                 small_items.append(number)
                 needed.append(max(2, int(0.4 * len(small[-1]))))
         self.needed: np.ndarray = np.array(needed, dtype=np.int64)
@@ -344,7 +353,8 @@ class Detector:
         """The best match of each item, in the order of the items."""
         found = []
         for i, item in enumerate(self.items):
-            short = not item.options and len(self.prepared[i].question) < LEAST_QUESTION
+            prepared = self.prepared[i]
+            short = prepared.tiny or not prepared.options and len(prepared.question) < LEAST_QUESTION
             match = self.matches.get(item.id, Match("unknown" if short else "clean", 0.0, 0.0, "", ""))
             found.append(match._replace(grams=round(float(self.best_grams[i]), 4)))
         return found
@@ -453,7 +463,7 @@ def load_sketch(path: Path) -> Sketch:
     return Sketch(grams, int(values["limit"]), int(values["rows"]), int(values["characters"]))
 
 
-def check_sketch(items: Sequence[TestItem], sketch: Sketch) -> list[Match]:
+def check_sketch(items: Sequence[SoughtItem], sketch: Sketch) -> list[Match]:
     """The share of each item's 13-grams that a sketch holds; of those it could hold."""
     matches = []
     for item in items:

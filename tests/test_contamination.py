@@ -9,7 +9,7 @@ from suwen.benchmarks import TASKS
 from suwen.benchmarks.task import read_items
 from suwen.contamination import (
     Detector,
-    TestItem,
+    SoughtItem,
     build_sketch,
     check_sketch,
     hash_grams,
@@ -32,7 +32,7 @@ REWORDED = (
 def own_items():
     items = read_items(TASKS["exam"], [OWN_DATA / "exam.csv"]).items
     return [
-        TestItem(i.id, i.question, tuple(i.options.values()), tuple(i.options[letter] for letter in i.target))
+        SoughtItem(i.id, i.question, tuple(i.options.values()), tuple(i.options[letter] for letter in i.target))
         for i in items
     ]
 
@@ -67,6 +67,13 @@ def test_exact_copies_are_found_whatever_their_width_marks_and_surroundings():
     assert kinds(items, rows + noise(rng)) == ["exact"] * len(items)
 
 
+def test_the_shortest_questions_are_found_as_printed_and_else_not_judged():
+    item = SoughtItem("1", "脉会是", ("大杼", "绝骨", "太渊", "膈俞"), ("太渊",))
+    assert kinds([item], [as_text(item, item.options, "({})、{}")]) == ["exact"]
+    assert kinds([item], ["太渊为脉会。"]) == ["unknown"]
+    assert kinds([SoughtItem("1", "发热怎么办？")], ["发热怎么办？多喝水。"]) == ["unknown"]
+
+
 def test_reordered_options_are_found():
     items, rng = own_items(), random.Random(1)
     found = kinds(items, [as_text(item, item.options[::-1]) for item in items] + noise(rng))
@@ -84,7 +91,7 @@ def test_reworded_questions_are_found():
 
 
 def test_a_question_with_its_answer_and_no_options_is_found():
-    item = TestItem("1", "诊断慢性阻塞性肺疾病的必备检查是", ("肺功能检查", "胸部CT", "痰培养"), ("肺功能检查",))
+    item = SoughtItem("1", "诊断慢性阻塞性肺疾病的必备检查是", ("肺功能检查", "胸部CT", "痰培养"), ("肺功能检查",))
     assert kinds([item], ["问：诊断慢性阻塞性肺疾病的必备检查是？答：肺功能检查。"]) == ["question"]
     assert kinds([item], ["诊断慢性阻塞性肺疾病的必备检查是什么，请参考指南"]) == ["clean"]
 
@@ -94,7 +101,7 @@ def test_texts_on_the_same_subjects_are_clean():
 
 
 def test_the_share_of_thirteen_grams_is_that_of_one_row():
-    item = TestItem("1", "".join(chr(0x4E00 + i) for i in range(30)))  # 18 grams
+    item = SoughtItem("1", "".join(chr(0x4E00 + i) for i in range(30)))  # 18 grams
     detector = Detector([item])
     first, second = item.question[:20], item.question[10:]
     detector.scan([("a", first), ("b", second)])
@@ -140,10 +147,10 @@ def test_a_sketch_of_much_data_keeps_a_fixed_share():
     whole, small = build_sketch(rows), build_sketch(rows, most=5_000)
     assert len(whole.grams) == 100 * 488 and 2_000 < len(small.grams) <= 5_000
     assert np.array_equal(small.grams, whole.grams[whole.grams <= small.limit])
-    seen = [TestItem(str(i), row[100:300]) for i, row in enumerate(rows[:50])]
+    seen = [SoughtItem(str(i), row[100:300]) for i, row in enumerate(rows[:50])]
     found = [match.kind for match in check_sketch(seen, small)]
     assert set(found) <= {"grams", "unknown"} and found.count("grams") > 40  # few of a text's grams may be kept
-    unseen = [TestItem("x", row[::-1][100:300]) for row in rows[:50]]
+    unseen = [SoughtItem("x", row[::-1][100:300]) for row in rows[:50]]
     assert {match.kind for match in check_sketch(unseen, small)} <= {"clean", "unknown"}
 
 

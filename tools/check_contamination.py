@@ -26,7 +26,7 @@ from suwen.readers import Refusal, Source, find_encoding, parse_sources, read_re
 
 if TYPE_CHECKING:
     from suwen.benchmarks.task import Item
-    from suwen.contamination import Match, TestItem
+    from suwen.contamination import Match, SoughtItem
 
 SHOWN = 10
 
@@ -67,17 +67,17 @@ def training_rows(sources: Sequence[Source], counts: Counter[str]) -> Iterator[t
             progress.update(file.stat().st_size)
 
 
-def as_test_item(item: Item) -> TestItem:
-    from suwen.contamination import TestItem
+def as_sought(item: Item) -> SoughtItem:
+    from suwen.contamination import SoughtItem
 
     letters = item.options and isinstance(item.target, str)
     answers = [item.options[letter] for letter in item.target] if letters else []
     if not item.options and isinstance(item.target, str) and item.target:
         answers = [item.target]
-    return TestItem(item.id, item.question, tuple(item.options.values()) if letters else (), tuple(answers))
+    return SoughtItem(item.id, item.question, tuple(item.options.values()) if letters else (), tuple(answers))
 
 
-def find_matches(args: argparse.Namespace, items: Sequence[TestItem]) -> list[Match]:
+def find_matches(args: argparse.Namespace, items: Sequence[SoughtItem]) -> list[Match]:
     from suwen.contamination import KINDS, Detector, check_sketch, load_sketch
 
     if args.sketch:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     files = {task.name: evaluate.find_task_files(task, args.data_dir, named) for task in tasks}
     read = evaluate.read_tasks(tasks, files, evaluate.Settings())
     # One search for all tasks; ids are made unique by the task
-    items = {f"{name}\0{item.id}": as_test_item(item) for name, found in read.items() for item in found.items}
+    items = {f"{name}\0{item.id}": as_sought(item) for name, found in read.items() for item in found.items}
     matches = dict(zip(items, find_matches(args, [i._replace(id=key) for key, i in items.items()]), strict=True))
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
