@@ -355,7 +355,9 @@ class Detector:
         for i, item in enumerate(self.items):
             prepared = self.prepared[i]
             short = prepared.tiny or not prepared.options and len(prepared.question) < LEAST_QUESTION
-            match = self.matches.get(item.id, Match("unknown" if short else "clean", 0.0, 0.0, "", ""))
+            match = self.matches.get(item.id, Match("clean", 0.0, 0.0, "", ""))
+            if match.kind == "clean" and short:
+                match = match._replace(kind="unknown")
             found.append(match._replace(grams=round(float(self.best_grams[i]), 4)))
         return found
 
