@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from suwen.contamination import hash_grams, to_codes
+from suwen.grams import hash_grams, to_codes
 
 GRAM = 5  # characters
 PERMUTATIONS = 128

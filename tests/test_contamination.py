@@ -12,14 +12,12 @@ from suwen.contamination import (
     SoughtItem,
     build_sketch,
     check_sketch,
-    hash_grams,
     load_sketch,
-    to_codes,
-    to_text,
     write_sketch,
 )
 from suwen.embedded import sample_texts
 from suwen.evaluate import OWN_DATA
+from suwen.grams import hash_grams, to_codes, to_text
 from suwen.near_duplicates import choose_bands, gram_set, jaccard, near_duplicates, signatures
 
 REWORDED = (

@@ -20,6 +20,7 @@ LAYERS = [
         "sampling",
         "statistics",
         "metrics",
+        "grams",
         "plots",
         "tables",
     },

@@ -54,7 +54,7 @@ def training_rows(sources: Sequence[Source], counts: Counter[str]) -> Iterator[t
     """Every text of every row, whatever its schema; what cannot be read is counted."""
     from tqdm import tqdm
 
-    from suwen.contamination import row_texts
+    from suwen.grams import row_texts
 
     files = [file for source in sources for file in source.files]
     with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, leave=False) as progress:
