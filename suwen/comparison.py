@@ -16,7 +16,7 @@ import numpy as np
 from suwen.benchmarks import TASKS
 from suwen.benchmarks.task import MODES, Record
 from suwen.records import write_json
-from suwen.report import write_report
+from suwen.report import SMALL_CELL, write_report
 from suwen.runs import Run, load_run
 from suwen.statistics import (
     Difference,
@@ -27,8 +27,6 @@ from suwen.statistics import (
     verdict,
     wilson_interval,
 )
-
-SMALL_CELL = 30  # items below which a rate of the breakdown is shown in grey
 
 
 def table_order(key: tuple[str, str]) -> tuple[int, int]:

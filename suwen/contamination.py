@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from suwen.grams import Codes, hash_grams, to_codes, to_text
+from suwen.grams import Codes, hash_grams, row_texts, to_codes, to_text
 
 VERSION = 1
 LONG, SEED_GRAM, SHORT = 13, 8, 3  # characters of the classical figure, of candidates, of the comparison
@@ -349,6 +349,11 @@ def build_sketch(texts: Iterable[str], most: int = SKETCH_GRAMS) -> Sketch:
         limit //= 2
         grams = grams[grams <= limit]
     return Sketch(grams, limit, rows, characters)
+
+
+def training_texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The texts of canonical rows (`suwen.data.load_rows`), for `write_sketch`."""
+    return (row_texts({key: value for key, value in row.items() if key != "where"}) for row in rows)
 
 
 def write_sketch(path: Path, texts: Iterable[str]) -> Sketch:

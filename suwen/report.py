@@ -14,6 +14,7 @@ from suwen.tables import table
 
 WORST_ITEMS = 12
 SHOWN_PUBLISHED = 4
+SMALL_CELL = 30  # items below which a rate of the breakdown is shown in grey
 SHOWN_CELLS = 12  # of an annotation, the largest
 # Scores that are worth a line of the terminal beside the headline
 ALSO_SHOWN = {
@@ -224,13 +225,15 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
         ]
         reasons = [s.get("reasons", {}) if s else {} for s in summaries]
         for reason in dict.fromkeys(reason for counts in reasons for reason in counts):
-            rows.append([f"answers by {html.escape(reason)}", *(f"{counts.get(reason, 0):,}" for counts in reasons)])
+            rows.append(
+                [f"answers read as {html.escape(reason)}", *(f"{counts.get(reason, 0):,}" for counts in reasons)]
+            )
         for key, title in (("empty", "empty answers"), ("cut_off", "answers cut off at their longest")):
             if any(s and s.get(key) for s in summaries):
                 rows.append([title, *(f"{s.get(key, 0):,}" if s else "" for s in summaries)])
         parts.append(tag("h3", mode) + html_table(["score", *(run.name for run, _ in having)], rows))
-    parts.append(breakdown(entry, modes))
     for run, e in having:
+        parts.append(breakdown(run.name, e, modes))
         parts.append(worst_items(run, name, e))
         if "disagreement" in e:
             parts.append(disagreements(run, name, e["disagreement"]))
@@ -247,7 +250,7 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
     return "".join(parts)
 
 
-def breakdown(entry: dict[str, Any], modes: Sequence[str]) -> str:
+def breakdown(name: str, entry: dict[str, Any], modes: Sequence[str]) -> str:
     """Scores by annotation, a column for each mode; small cells in grey."""
     by_mode = {mode: entry["modes"][mode]["groups"] for mode in modes if mode in entry["modes"]}
     parts = []
@@ -267,7 +270,7 @@ def breakdown(entry: dict[str, Any], modes: Sequence[str]) -> str:
         parts.append(html_table([annotation, *by_mode, "items"], rows))
         if len(cells) > SHOWN_CELLS:
             parts.append(tag("p", f"{len(cells) - SHOWN_CELLS} more values are in results.json", class_="soft"))
-    return folded("by annotation (grey: fewer than 30 items)", "".join(parts)) if parts else ""
+    return folded(f"{name} by annotation (grey: fewer than {SMALL_CELL} items)", "".join(parts)) if parts else ""
 
 
 def item_text(record: dict[str, Any]) -> str:

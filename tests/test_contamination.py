@@ -1,5 +1,6 @@
 """Test items planted in training data are found; what is not there is not; sketches and near-duplicates."""
 
+import json
 import random
 
 import numpy as np
@@ -13,8 +14,10 @@ from suwen.contamination import (
     build_sketch,
     check_sketch,
     load_sketch,
+    training_texts,
     write_sketch,
 )
+from suwen.data import load_rows
 from suwen.embedded import sample_texts
 from suwen.evaluate import OWN_DATA
 from suwen.grams import hash_grams, to_codes, to_text
@@ -137,6 +140,17 @@ def test_a_sketch_stands_for_its_data(tmp_path):
     assert sum(long[:20]) >= 5
     assert all(kind == "grams" for kind, enough in zip(found[:20], long, strict=False) if enough)
     assert "grams" not in found[20:]
+
+
+def test_a_sketch_is_written_of_the_rows_that_a_stage_trains_on(tmp_path):
+    item = own_items()[2]
+    file = tmp_path / "train.jsonl"
+    row = {"question": item.question + "".join(item.options), "answer": "见书。"}
+    file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    sketch = write_sketch(tmp_path / "s.safetensors", training_texts(load_rows(str(file), "conversation")))
+    assert sketch.rows == 1 and check_sketch([item], sketch)[0].grams == 1
+    where = SoughtItem("2", str(file) + str(file))
+    assert check_sketch([where], sketch)[0].grams == 0
 
 
 def test_a_sketch_of_much_data_keeps_a_fixed_share():
