@@ -98,13 +98,8 @@ def answer_batches(
     args: argparse.Namespace,
     knowledge: KnowledgeBase | None = None,
 ) -> Iterator[tuple[int, Answer, Sequence[Hit]]]:
-    """Yield (index, answer, its sources) for the prompts in `todo`, in batches of like length, the longest first.
-
-    The longest first shows at once whether a batch fits into memory; one that does not is halved.
-    """
-    import torch
-
-    from suwen.generation import Answer, generate_batch
+    """Yield (index, answer, its sources) for the prompts in `todo`; see `generate_many`."""
+    from suwen.generation import Answer, generate_many
     from suwen.retrieval.grounding import NOT_FOUND, Prepared, prepare
 
     settings = generation_settings(args)
@@ -121,25 +116,9 @@ def answer_batches(
             say(f"note: {prompt.where}: oldest turns ({dropped} tokens) left out to fit the model's window")
         if prepared[index].abstained:
             yield index, Answer(NOT_FOUND, "", [], "stop"), ()
-    order = [index for index in todo if not prepared[index].abstained]
-    order.sort(key=lambda index: (-len(prepared[index].ids), index))
-    size = args.batch_size
-    while order:
-        batch = order[:size]
-        # A question's draws hang on its place in the file alone, not on the batch it falls into.
-        seeds = [settings.seed + index for index in batch] if settings.seed is not None else None
-        try:
-            ids = [prepared[index].ids for index in batch]
-            answers = generate_batch(served.model, served.encoder, ids, settings, seeds)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise ValueError(f"{prompts[batch[0]].where}: does not fit into memory, even alone") from None
-            size = len(batch) // 2
-            torch.cuda.empty_cache()
-            say(f"note: {len(batch)} questions at once do not fit into memory; going on with {size}")
-            continue
-        order = order[size:]
-        yield from ((index, answer, prepared[index].hits) for index, answer in zip(batch, answers, strict=True))
+    encoded = {index: found.ids for index, found in prepared.items() if not found.abstained}
+    for index, answer in generate_many(served.model, served.encoder, encoded, settings, args.batch_size, say):
+        yield index, answer, prepared[index].hits
 
 
 def answer_file(

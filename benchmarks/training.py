@@ -30,8 +30,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-CONTENDERS = {"sft": ("suwen", "trl best", "trl", "padded"), "pt": ("suwen", "trl best", "trl", "padded")}
-CONTENDERS["dpo"] = ("suwen", "trl best", "trl")
+CONTENDERS = {
+    "sft": ["suwen", "trl best", "trl", "padded"],
+    "pt": ["suwen", "trl best", "trl", "padded"],
+    "dpo": ["suwen", "trl best", "trl"],
+}
 ROWS_PER_STEP = 16
 
 

@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows,
 from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, build_batches, encode_all
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
+from suwen.tables import width
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,7 +91,7 @@ class Report:
         """A table for people; long lists of files are cut in the middle, the full list is in `to_dict`."""
         names = list(self.files)
         shown = names if len(names) <= 16 else [*names[:12], "", *names[-3:]]
-        width = max(map(_width, shown), default=0)
+        widest = max(map(width, shown), default=0)
         lines = ["data"]
         for name in shown:
             if not name:
@@ -99,8 +99,8 @@ class Report:
                 continue
             refused = self.refused_by_file.get(name, 0)
             tail = f", {refused:,} refused" if refused else ""
-            padded = name + " " * (width - _width(name))
-            lines.append(f"  {padded}  {self.encodings.get(name, 'parquet')}, {self.files[name]:,} rows{tail}")
+            padded = name + " " * (widest - width(name))
+            lines.append(f"  {padded}  {self.encodings.get(name, 'binary')}, {self.files[name]:,} rows{tail}")
         lines.append(f"  read {self.rows_read:,} rows, refused {sum(self.rows_refused.values()):,}")
         groups = (("refused", self.rows_refused), ("put right", self.changes), ("not chosen", self.rows_left_out))
         for title, counts in (*groups, ("left out by the encoder", self.rows_dropped)):
@@ -119,11 +119,6 @@ class Report:
         origin = "taken from the cache, prepared before" if self.from_cache else "prepared"
         lines.append(f"  {origin} in {self.seconds:.1f} s, fingerprint {self.fingerprint[:16]}")
         return lines
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal, where a Chinese character takes two."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _tokens_line(name: str, rows: int, tokens: int, trained: int) -> str:
@@ -215,7 +210,7 @@ def _read_files(
     keys_seen: set[str] = set()
     for file in files:
         if file not in encodings:
-            encodings[file] = None if readers.file_kind(file) == ".parquet" else readers.detect_encoding(file)
+            encodings[file] = readers.find_encoding(file)
         encoding, name = encodings[file], f"{file}{part}"
         if encoding is not None:
             if encoding.error and on_bad_rows == "error":

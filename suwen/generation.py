@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
@@ -324,6 +324,41 @@ def generate_batch(
         end = next((place + 1 for place, token_id in enumerate(row) if token_id in stops), limit)
         answers.append(decode_answer(encoder, prompt, row[: min(end, limit)]))
     return answers
+
+
+def generate_many(
+    model,
+    encoder: ChatEncoder,
+    prompts: Mapping[int, Sequence[int]],
+    settings: GenerationSettings,
+    batch_size: int,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answer any number of prompts in batches of like length, the longest first; yields (its key, answer).
+
+    The longest first shows at once whether a batch fits into memory; one that does not is halved. What is drawn hangs
+    on the key of a prompt alone, not on the batch it falls into.
+
+    Raises:
+        ValueError: a prompt does not fit into memory, even alone.
+    """
+    order = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+    size = batch_size
+    while order:
+        batch = order[:size]
+        seeds = [settings.seed + key for key in batch] if settings.seed is not None else None
+        try:
+            answers = generate_batch(model, encoder, [prompts[key] for key in batch], settings, seeds)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                tokens = len(prompts[batch[0]])
+                raise ValueError(f"a prompt of {tokens} tokens does not fit into memory, even alone") from None
+            size = len(batch) // 2
+            torch.cuda.empty_cache()
+            notice(f"note: {len(batch)} prompts at once do not fit into memory; going on with {size}")
+            continue
+        order = order[size:]
+        yield from zip(batch, answers, strict=True)
 
 
 def decode_answer(encoder: ChatEncoder, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Answer:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from suwen.formats import ANSWERS, ROLES, TURN_LISTS, BadRow, canonical_rows
-from suwen.readers import Refusal, detect_encoding, file_kind, read_records
+from suwen.readers import Refusal, file_kind, find_encoding, read_records
 
 EXPECTED = "a prompt: text, or an object with prompt, question, instruction, messages or conversations"
 STAND_IN = {"role": "assistant", "content": "-"}
@@ -42,7 +42,7 @@ def load_prompts(path: str, system_prompt: str = "") -> list[Prompt]:
     if file_kind(file) is None:
         raise ValueError(f"--data_file: {path} is of no known kind, expected .jsonl, .json, .csv, .parquet or .txt")
     prompts = []
-    for record in read_records(file, None if file_kind(file) == ".parquet" else detect_encoding(file)):
+    for record in read_records(file, find_encoding(file)):
         if isinstance(record, Refusal):
             raise ValueError(record.message)
         where, row = record
@@ -108,14 +108,15 @@ class AnswerFile:
     ends in .csv, the rows grow in `<path>.jsonl`, and the table is written of them in the end.
     """
 
-    def __init__(self, path: str, count: int, run: dict[str, Any]) -> None:
-        self.path, self.count, self.run = Path(path), count, run
+    def __init__(self, path: str | Path, count: int, run: dict[str, Any], key: str = "response") -> None:
+        """`key`: what every row holds besides its index."""
+        self.path, self.count, self.run, self.key = Path(path), count, run, key
         self.table: Path | None = None
         if self.path.suffix.lower() == ".csv":
             self.table, self.path = self.path, self.path.with_name(self.path.name + ".jsonl")
             if self.table.exists() and not self.path.exists():
                 raise ValueError(f"--output_file: {self.table} exists and is not of this program; give another one")
-        self.record = self.path.with_name(self.path.name + ".run.json")
+        self.record = run_record(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.done = self._read() if self.path.exists() else set()
         self.record.write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -130,17 +131,8 @@ class AnswerFile:
         advice = "give another --output_file, or remove this one"
         if not self.path.is_file():
             raise ValueError(f"--output_file: {self.path} is not a file")
-        if self.record.is_file():
-            try:
-                recorded = json.loads(self.record.read_text(encoding="utf-8"))
-            except ValueError:
-                recorded = self.run  # the record itself was cut off: its rows are of this very start
-            for key in sorted(self.run.keys() | recorded.keys()):
-                if recorded.get(key) != self.run.get(key):
-                    found, asked = (_brief(run.get(key)) for run in (recorded, self.run))
-                    raise ValueError(
-                        f"--output_file: {self.path} is of another run ({key} was {found}, is {asked}); {advice}"
-                    )
+        if difference := run_difference(self.path, self.run):
+            raise ValueError(f"--output_file: {self.path} is of another run ({difference}); {advice}")
         done: set[int] = set()
         whole = 0  # bytes up to the end of the last good line
         content = self.path.read_bytes()
@@ -149,7 +141,7 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 index = row["index"]
-                if not isinstance(index, int) or "response" not in row:
+                if not isinstance(index, int) or self.key not in row:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 if number == len(lines) and not line.endswith(b"\n"):
@@ -207,6 +199,27 @@ class AnswerFile:
                     }
                 )
         os.replace(temporary, table)
+
+
+def run_record(path: Path) -> Path:
+    """The file beside a file of answers that holds what they were made with."""
+    return path.with_name(path.name + ".run.json")
+
+
+def run_difference(path: Path, run: dict[str, Any]) -> str | None:
+    """In what the answers in a file were made otherwise than `run` says; None if in nothing, or nothing is known."""
+    record = run_record(path)
+    if not record.is_file():
+        return None
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # the record itself was cut off: its rows are of this very start
+    for key in sorted(run.keys() | recorded.keys()):
+        if recorded.get(key) != run.get(key):
+            found, asked = (_brief(values.get(key)) for values in (recorded, run))
+            return f"{key} was {found}, is {asked}"
+    return None
 
 
 def _brief(value: Any) -> str:

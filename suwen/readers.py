@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv")
-SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+BINARY_SUFFIXES = (".parquet", ".xlsx")
+SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), *BINARY_SUFFIXES)
 CHUNK_BYTES = 1 << 20
 BOOK_HEADING = "<篇名>"
 BOOK_FACT = re.compile(r"^(书名|作者|朝代|年份)：")
@@ -61,7 +62,7 @@ class Encoding:
 
 
 def file_kind(file: Path) -> str | None:
-    """ ".jsonl", ".json", ".txt", ".csv", ".tsv" or ".parquet"; None for a file of another kind."""
+    """ ".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet" or ".xlsx"; None for a file of another kind."""
     name = file.name.lower()
     return next((suffix.removesuffix(".gz") for suffix in SUFFIXES if name.endswith(suffix)), None)
 
@@ -140,6 +141,11 @@ def open_text(file: Path, encoding: Encoding, newline: str | None = None) -> Tex
     return opener(file, "rt", encoding=encoding.codec, errors="surrogateescape", newline=newline)
 
 
+def find_encoding(file: Path) -> Encoding | None:
+    """How a text file is to be decoded; None for tables in a binary format, which need no telling."""
+    return None if file_kind(file) in BINARY_SUFFIXES else detect_encoding(file)
+
+
 def detect_encoding(file: Path) -> Encoding:
     """Recognise UTF-8 (with or without BOM), UTF-16 with BOM and GB18030, and Windows line ends, over the whole file.
 
@@ -210,10 +216,12 @@ def _first_error(file: Path, codec: str) -> tuple[str | None, str]:
 
 
 def read_records(file: Path, encoding: Encoding | None) -> Iterator[tuple[str, Any] | Refusal]:
-    """All records of one file, in order. `encoding` is None for parquet."""
+    """All records of one file, in order. `encoding` is None for parquet and xlsx."""
     kind, empty = file_kind(file), True
     if kind == ".parquet":
         records = _read_parquet(file)
+    elif kind == ".xlsx":
+        records = _read_excel(file)
     else:
         assert encoding is not None
         reader = {".json": _read_json, ".jsonl": _read_json, ".txt": _read_text}.get(kind or "", _read_table)
@@ -329,6 +337,36 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
                     yield f"{file}, row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _read_excel(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
+    """The first sheet of a workbook, with a header; every cell as text, formulas as their stored values."""
+    import zipfile
+
+    import openpyxl
+
+    try:
+        book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a readable .xlsx workbook ({error})") from None
+    header: list[str] | None = None
+    try:
+        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), start=1):
+            values = ["" if cell is None else str(cell).replace("\r\n", "\n") for cell in cells]
+            if not any(values):
+                continue
+            if header is None:
+                header = [name.strip() for name in values]
+                continue
+            values += [""] * (len(header) - len(values))
+            if any(values[len(header) :]):
+                where = f"{file}, row {number}"
+                message = f"{where}: found {len(values)} cells, expected {len(header)} as in the header"
+                yield Refusal(where, "cells do not match the header", message, values)
+                continue
+            yield f"{file}, row {number}", {name: value for name, value in zip(header, values, strict=False) if name}
+    finally:
+        book.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON

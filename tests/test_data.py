@@ -319,9 +319,9 @@ def test_bad_arguments_are_named(prepare, tmp_path, settings, message):
 
 def test_files_of_other_kinds_in_a_folder_are_mentioned(prepare, tmp_path):
     write_texts(tmp_path / "d" / "a.txt", ["一"])
-    write_texts(tmp_path / "d" / "table.xlsx", ["x"])
+    write_texts(tmp_path / "d" / "scan.pdf", ["x"])
     prepared = prepare("text", tmp_path / "d")
-    assert prepared.report.notes == [f"{tmp_path}/d: table.xlsx passed over, not of a known kind"]
+    assert prepared.report.notes == [f"{tmp_path}/d: scan.pdf passed over, not of a known kind"]
 
 
 def test_a_long_list_of_files_is_cut_and_chinese_names_are_aligned():

@@ -6,78 +6,93 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the bottom up: a module imports only from layers below its own.
+MODULES = sorted((ROOT / "suwen").rglob("*.py")) + [ROOT / "template.py"]
+FOLDERS = (".", "tools", "benchmarks")
+SCRIPTS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if path.name != "template.py"]
+# The rooms that say what the others are, from the bottom up; every other module lies somewhere between them.
 LAYERS = [
     {"template"},
-    {
-        "arguments",
-        "checkpoint",
-        "check_environment",
-        "formats",
-        "generation_settings",
-        "network",
-        "progress",
-        "readers",
-        "records",
-        "sampling",
-        "api.guard",
-        "api.schema",
-        "retrieval.settings",
-        "retrieval.terms",
-        "retrieval.office",
-    },
-    {"attention", "embedded", "encoding", "head", "packing", "preference"},
+    {"arguments", "formats", "readers"},
+    {"encoding", "packing", "preference", "metrics", "statistics", "head", "attention"},
     {"lineage", "rows"},
-    {"batches"},
-    {"probe"},
-    {"trainers"},
-    {"models", "parallel", "prompts", "scoring", "generation"},
-    {"retrieval.injection", "retrieval.bm25", "retrieval.dense"},
-    {"retrieval.passages"},
-    {"retrieval.documents"},
-    {"retrieval.index"},
-    {"retrieval.search"},
-    {"adapters", "data", "retrieval.flags", "retrieval.grounding"},
-    {"merging", "switching"},
-    {"batching"},
-    {"api.server"},
-    {"serving", "stage"},
+    {"models", "data", "retrieval.index"},
+    {"stage", "serving"},
+    {"evaluate", "api.server"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODULES = sorted((ROOT / "suwen").rglob("*.py")) + [ROOT / "template.py"]
-SCRIPTS = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")] if path.name != "template.py"]
 
 
-def module_name(path: Path) -> str:
-    """ "data" for suwen/data.py, "retrieval.index" for suwen/retrieval/index.py, "template", "inference"."""
-    relative = path.relative_to(ROOT / "suwen" if path.is_relative_to(ROOT / "suwen") else path.parent)
-    return ".".join(relative.with_suffix("").parts)
+def name_of(path: Path) -> str:
+    """data, retrieval.index or benchmarks (for its __init__) for modules of suwen; else the file's own name."""
+    if path.is_relative_to(ROOT / "suwen"):
+        return ".".join(path.relative_to(ROOT / "suwen").with_suffix("").parts).removesuffix(".__init__")
+    return path.stem
 
 
 def imports(path: Path) -> set[str]:
-    """Our own modules that a file imports, anywhere in it, except for annotations only."""
-    found: set[str] = set()
+    """Our own modules and scripts that a file imports anywhere in it, but for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = []
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
     for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    own = {module_name(path) for path in [*MODULES, *SCRIPTS]}
-    return {name.removeprefix("suwen.") for name in found} & own
+    own = {f"suwen.{name_of(module)}" for module in MODULES} | {"template"} | {script.stem for script in SCRIPTS}
+    return {name.removeprefix("suwen.") for name in found & own} - {name_of(path)}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "__init__"], ids=module_name)
-def test_a_module_imports_only_from_below(path):
-    name = module_name(path)
-    assert name in LEVEL, f"{path.relative_to(ROOT)} has no layer yet: give it one in this test"
-    upward = {other for other in imports(path) if LEVEL.get(other, len(LAYERS)) >= LEVEL[name]}
-    assert not upward, f"{path.relative_to(ROOT)} must not import {', '.join(sorted(upward))}"
+GRAPH = {name_of(path): imports(path) for path in MODULES}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=module_name)
+def reached(name: str) -> set[str]:
+    """Everything that a module imports, directly or through others."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for other in GRAPH.get(waiting.pop(), set()) - found:
+            found.add(other)
+            waiting.append(other)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_a_module_does_not_import_itself_through_others(name):
+    around = [other for other in GRAPH[name] if name in reached(other)]
+    assert not around, f"{name} imports {around[0]}, which imports {name} in the end"
+
+
+@pytest.mark.parametrize("name", sorted(LEVEL))
+def test_a_room_imports_only_from_below(name):
+    upward = {other for other in reached(name) if LEVEL.get(other, -1) > LEVEL[name]}
+    assert not upward, f"{name} must not import {', '.join(sorted(upward))}, which lies above it"
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_no_module_imports_a_script(name):
+    assert not GRAPH[name] & ({script.stem for script in SCRIPTS} - set(GRAPH))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_no_script_imports_another(path):
-    assert not imports(path) & ({module_name(script) for script in SCRIPTS} - {module_name(path)})
+    others = {script.stem for script in SCRIPTS} - {path.stem} - set(GRAPH)
+    assert not imports(path) & others
+
+
+def test_what_launchers_need_before_the_installation_is_standard_library_only():
+    import sys
+
+    for name in ("check_environment", "arguments"):
+        tree = ast.parse((ROOT / "suwen" / f"{name}.py").read_text(encoding="utf-8"))
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+        assert {part.split(".")[0] for part in names} <= sys.stdlib_module_names

@@ -1,0 +1,11 @@
+"""Benchmarks: what is asked, what is right, and how an answer is scored. One small module for each."""
+
+from suwen.benchmarks.cmexam_official import CMEXAM_OFFICIAL
+from suwen.benchmarks.exams import EXAMS
+from suwen.benchmarks.facts import FACTS
+from suwen.benchmarks.free_text import TEXTS
+from suwen.benchmarks.general_text import GENERAL_TEXT
+from suwen.benchmarks.terms import TERMS
+
+TASKS = {task.name: task for task in (*EXAMS, CMEXAM_OFFICIAL, *TEXTS, *TERMS, FACTS, GENERAL_TEXT)}
+OWN_TASKS = tuple(name for name, task in TASKS.items() if task.default_file)

@@ -1,0 +1,206 @@
+"""Test items planted in training data are found; what is not there is not; sketches and near-duplicates."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from suwen.benchmarks import TASKS
+from suwen.benchmarks.task import read_items
+from suwen.contamination import (
+    Detector,
+    SoughtItem,
+    build_sketch,
+    check_sketch,
+    load_sketch,
+    training_texts,
+    write_sketch,
+)
+from suwen.data import load_rows
+from suwen.embedded import sample_texts
+from suwen.evaluate import OWN_DATA
+from suwen.grams import hash_grams, to_codes, to_text
+from suwen.near_duplicates import choose_bands, gram_set, jaccard, near_duplicates, signatures
+
+REWORDED = (
+    ("患者", "病人"), ("下列", "以下"), ("最常见", "最多见"), ("首选", "优先选择"), ("主要", "最主要的"),
+    ("属于", "归于"), ("引起", "导致"), ("应", "应当"), ("正常", "一般"), ("的是", "为"), ("不包括", "不含"),
+    ("有", "都有"),
+)  # fmt: skip
+
+
+def own_items():
+    items = read_items(TASKS["exam"], [OWN_DATA / "exam.csv"]).items
+    return [
+        SoughtItem(i.id, i.question, tuple(i.options.values()), tuple(i.options[letter] for letter in i.target))
+        for i in items
+    ]
+
+
+def as_text(item, options, mark="{} {}"):
+    return item.question + "\n" + "\n".join(mark.format("ABCDE"[i], text) for i, text in enumerate(options))
+
+
+def reword(text, rng):
+    for old, new in REWORDED:
+        text = text.replace(old, new)
+    return rng.choice(["请问，", "考题：", ""]) + text
+
+
+def kinds(items, rows):
+    detector = Detector(items)
+    detector.scan((f"row {i}", text) for i, text in enumerate(rows))
+    return [match.kind for match in detector.results()]
+
+
+def noise(rng, count=40):
+    return [text for text in rng.sample(sorted(sample_texts()), count) if text]
+
+
+def test_exact_copies_are_found_whatever_their_width_marks_and_surroundings():
+    items, rng = own_items(), random.Random(0)
+    wide = str.maketrans({chr(i): chr(i + 0xFEE0) for i in range(0x21, 0x7F)})
+    rows = []
+    for number, item in enumerate(items):
+        text = as_text(item, item.options, rng.choice(["{} {}", "({}) {}.", "{}、{};"]))
+        rows.append("前文。" * 200 + (text.translate(wide) if number % 2 else text) + "后文。" * 50)
+    assert kinds(items, rows + noise(rng)) == ["exact"] * len(items)
+
+
+def test_the_shortest_questions_are_found_as_printed_and_else_not_judged():
+    item = SoughtItem("1", "脉会是", ("大杼", "绝骨", "太渊", "膈俞"), ("太渊",))
+    assert kinds([item], [as_text(item, item.options, "({})、{}")]) == ["exact"]
+    assert kinds([item], ["太渊为脉会。"]) == ["unknown"]
+    assert kinds([SoughtItem("1", "发热怎么办？")], ["发热怎么办？多喝水。"]) == ["unknown"]
+
+
+def test_reordered_options_are_found():
+    items, rng = own_items(), random.Random(1)
+    found = kinds(items, [as_text(item, item.options[::-1]) for item in items] + noise(rng))
+    assert found == ["reordered"] * len(items)
+
+
+def test_reworded_questions_are_found():
+    items, rng = own_items(), random.Random(2)
+    rows = [as_text(i, [reword(o, rng) for o in rng.sample(i.options, len(i.options))], "{}. {}") for i in items]
+    rows = [reword(row, rng) for row in rows]
+    changed = [row for row, item in zip(rows, items, strict=True) if item.question not in row]
+    found = kinds(items, rows + noise(rng))
+    assert len(changed) > 25
+    assert sum(kind != "clean" for kind in found) >= 0.8 * len(items)
+
+
+def test_a_question_with_its_answer_and_no_options_is_found():
+    item = SoughtItem("1", "诊断慢性阻塞性肺疾病的必备检查是", ("肺功能检查", "胸部CT", "痰培养"), ("肺功能检查",))
+    assert kinds([item], ["问：诊断慢性阻塞性肺疾病的必备检查是？答：肺功能检查。"]) == ["question"]
+    assert kinds([item], ["诊断慢性阻塞性肺疾病的必备检查是什么，请参考指南"]) == ["clean"]
+
+
+def test_texts_on_the_same_subjects_are_clean():
+    assert set(kinds(own_items(), sorted(sample_texts()))) == {"clean"}
+
+
+def test_the_share_of_thirteen_grams_is_that_of_one_row():
+    item = SoughtItem("1", "".join(chr(0x4E00 + i) for i in range(30)))  # 18 grams
+    detector = Detector([item])
+    first, second = item.question[:20], item.question[10:]
+    detector.scan([("a", first), ("b", second)])
+    [match] = detector.results()
+    assert match.grams == pytest.approx(8 / 18, abs=1e-4)  # 20 characters hold 8 grams, the two rows are not added up
+    detector.scan([("c", item.question)])
+    assert detector.results()[0].grams == 1 and detector.results()[0].where == "c"
+
+
+def test_hashes_of_grams_depend_on_the_gram_alone():
+    codes = to_codes("高血压患者应当低盐饮食按时服药定期测量血压")
+    for n in (1, 2, 3, 4, 5, 8, 13):
+        whole = hash_grams(codes, n)
+        assert len(whole) == len(codes) - n + 1
+        for i in (0, 3, len(whole) - 1):
+            assert whole[i] == hash_grams(codes[i : i + n], n)[0]
+    assert len(np.unique(hash_grams(np.arange(1, 200_000, dtype=np.uint32), 13))) == 200_000 - 13
+    assert len(hash_grams(codes[:5], 8)) == 0
+
+
+def test_letters_and_digits_are_what_is_compared():
+    assert to_text(to_codes("高血压（ＡＢＣ），５㎎/d…①é㎍！")) == "高血压abc5mgd1eμg"
+    assert to_text(to_codes("㎎a㎎\0b")) == "mgamg\0b"
+    assert len(to_codes("，。 \n")) == 0
+
+
+def test_a_sketch_stands_for_its_data(tmp_path):
+    items = own_items()
+    rows = [as_text(item, item.options[::-1]) for item in items[:20]] + sorted(sample_texts())
+    sketch = write_sketch(tmp_path / "sketch.safetensors", rows)
+    again = load_sketch(tmp_path / "sketch.safetensors")
+    assert np.array_equal(again.grams, sketch.grams) and again[1:] == sketch[1:] and again.rows == len(rows)
+    found = [match.kind for match in check_sketch(items, again)]
+    long = [len(to_codes(item.question)) >= 17 for item in items]  # five 13-grams
+    assert sum(long[:20]) >= 5
+    assert all(kind == "grams" for kind, enough in zip(found[:20], long, strict=False) if enough)
+    assert "grams" not in found[20:]
+
+
+def test_a_sketch_is_written_of_the_rows_that_a_stage_trains_on(tmp_path):
+    item = own_items()[2]
+    file = tmp_path / "train.jsonl"
+    row = {"question": item.question + "".join(item.options), "answer": "见书。"}
+    file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    sketch = write_sketch(tmp_path / "s.safetensors", training_texts(load_rows(str(file), "conversation")))
+    assert sketch.rows == 1 and check_sketch([item], sketch)[0].grams == 1
+    where = SoughtItem("2", str(file) + str(file))
+    assert check_sketch([where], sketch)[0].grams == 0
+
+
+def test_a_sketch_of_much_data_keeps_a_fixed_share():
+    rng = random.Random(0)
+    rows = ["".join(chr(0x4E00 + rng.randrange(20_000)) for _ in range(500)) for _ in range(100)]
+    whole, small = build_sketch(rows), build_sketch(rows, most=5_000)
+    assert len(whole.grams) == 100 * 488 and 2_000 < len(small.grams) <= 5_000
+    assert np.array_equal(small.grams, whole.grams[whole.grams <= small.limit])
+    seen = [SoughtItem(str(i), row[100:300]) for i, row in enumerate(rows[:50])]
+    found = [match.kind for match in check_sketch(seen, small)]
+    assert set(found) <= {"grams", "unknown"} and found.count("grams") > 40  # few of a text's grams may be kept
+    unseen = [SoughtItem("x", row[::-1][100:300]) for row in rows[:50]]
+    assert {match.kind for match in check_sketch(unseen, small)} <= {"clean", "unknown"}
+
+
+def test_a_file_that_is_no_sketch_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="found no sketch"):
+        load_sketch(tmp_path / "x")
+
+
+def test_signatures_estimate_similarity():
+    rng = np.random.default_rng(0)
+    shared, rest = (rng.integers(0, 2**63, size=n, dtype=np.uint64) for n in (600, 800))
+    first = np.unique(np.concatenate([shared, rest[:400]]))
+    second = np.unique(np.concatenate([shared, rest[400:]]))
+    agree = (signatures([first], 512) == signatures([second], 512)).mean()
+    assert agree == pytest.approx(jaccard(first, second), abs=0.06)  # 600 / 1400, three standard deviations
+
+
+def test_near_duplicates_are_those_of_comparing_all_pairs():
+    rng = random.Random(3)
+    texts = []
+    for base in ("".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(120)) for _ in range(30)):
+        texts.append(base)
+        texts += [base[:-k] + "改" * k for k in rng.choices([1, 3, 8, 40], k=rng.randrange(3))]
+    rng.shuffle(texts)
+    found = near_duplicates(texts, 0.8)
+    sets = [gram_set(text) for text in texts]
+    expected = list(range(len(texts)))
+    for j in range(len(texts)):
+        for i in range(j):
+            if jaccard(sets[i], sets[j]) >= 0.8:
+                low, high = sorted((expected[i], expected[j]))
+                expected = [low if x == high else x for x in expected]
+    assert found == expected and len(set(found)) < len(texts)
+    assert near_duplicates(["", "，", "高血压"]) == [0, 0, 2]
+
+
+def test_bands_find_nearly_all_pairs_at_the_threshold():
+    for threshold in (0.5, 0.7, 0.9):
+        rows = choose_bands(threshold)
+        assert 1 - (1 - threshold**rows) ** (128 // rows) >= 0.99
