@@ -180,7 +180,7 @@ EMPTY = re.compile(r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:资料)?|无
 SYMPTOM_CHARACTERS = frozenset(
     "痛肿热咳血尿便疹胀吐晕痒麻酸冷汗渴饥饿瘦胖疲乏力困眠梦惊悸闷喘咯痰鼻咽喉耳目眼口舌唇齿牙头面颈项肩背腰腹胸胃肠肝胆脾肾心肺脑皮肤骨节肌筋脉脚足"
     "手指趾甲发毛斑疱疮溃烂癣瘤块硬软黄红紫黑色灰苔带经孕胎产乳精阴瘫痪萎缩抽搐痉挛颤抖震僵直弱衰竭休克昏迷呆痴狂躁郁焦虑恐慌幻妄失语聋哑盲炎症感染"
-    "病毒菌虫疟乱伤寒中缺氧低不异常障碍水气音泪涕脓液无过少食厌欲息吸呼视力动行走睡嗜食腺肛宫囊体压糖脂眩倦急慢瘙疼"
+    "病毒菌虫疟乱伤寒中缺氧低不异常障碍水气音泪涕脓液无过少食厌欲息吸呼视力动行走睡嗜食腺肛宫囊体压糖脂眩倦急慢瘙疼征环腿弓膜激跌哭脸相圈醒秃痱易全满"
 )
 # Relations whose cells are lists of terms; in the others a cell is one text.
 LISTS = {"department", "symptom", "examination", "treatment", "surgery", "drug", "complication", "food", "food_to_avoid", "site"}

@@ -1,0 +1,152 @@
+"""Evaluation of what a graph's facts a model knows: recall, likelihood choice, open book and exam items; and leaks.
+
+All wordings are held out from training. Every item names its facts, group and relation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from suwen.cleaning import texts_of
+from suwen.near_duplicates import TestItems, normal_form
+from suwen.phrasings import phrasings_of
+from suwen.synthesis import (
+    LETTERS,
+    PROSE_OPTION,
+    Row,
+    Source,
+    exam_question,
+    fill,
+    passage,
+    rng_of,
+    wordings_of,
+    wrong_values,
+)
+
+MAX_OVERLAP = 0.6  # of an evaluation item's 13-grams in one training row
+
+
+def recall_items(entity: str, source: Source) -> Iterator[Row]:
+    """Closed-book questions in held-out wordings: {"id", "question", "answers", ...}; right if every answer is named."""
+    for item in source.items[entity]:
+        if not item.prose:
+            for number, wording in enumerate(wordings_of(item).held_out_questions):
+                yield _item("recall", number, item, source, question=fill(wording, item), answers=list(item.values))
+
+
+def reverse_items(relation: str, value: str, source: Source) -> Iterator[Row]:
+    """Held-out questions from a value to its entities, where these are few and all of one group."""
+    heads = source.heads[relation, value]
+    groups = {source.groups[head] for head in heads}
+    if len(groups) > 1 or len(heads) > source.rules.max_reverse or not 2 <= len(value) <= 20:
+        return
+    names = [source.graph.entities[head].name for head in heads]
+    facts = [fact for head in heads for item in source.items[head] if item.relation == relation for fact in item.facts]
+    for number, wording in enumerate(phrasings_of(relation).held_out_reverse_questions):
+        yield {
+            "id": f"{heads[0]}.{relation}.reverse.{number}",
+            **{"question": wording.replace("{v}", value), "answers": names},
+            **{"relation": relation, "group": groups.copy().pop(), "recipe": "reverse recall", "facts": facts},
+        }
+
+
+def choice_items(entity: str, source: Source) -> Iterator[Row]:
+    """Four ways to end a held-out statement, for a model that has seen no questions; scored by likelihood.
+
+    In CMExam's form with a `Suffix`: the text scored is Question + option + Suffix. Chance is 25 %.
+    """
+    for item in source.items[entity]:
+        if item.prose or any(len(value) > PROSE_OPTION for value in item.values):
+            continue
+        for number, wording in enumerate(wordings_of(item).held_out_statements):
+            rng = rng_of(source.rules.seed, "choice", entity, item.relation, number)
+            wrong = wrong_values(item, source, rng, 3)
+            if len(wrong) < 3:
+                continue
+            right = rng.choice(item.values)
+            options = [right, *wrong]
+            rng.shuffle(options)
+            stem, _, suffix = fill(wording, item, ["\0"]).partition("\0")
+            lines = "\n".join(f"{letter} {value}" for letter, value in zip(LETTERS, options, strict=False))
+            content = {"Question": stem, "Options": lines, "Answer": LETTERS[options.index(right)], "Suffix": suffix}
+            yield _item("choice", number, item, source, **content)
+
+
+def open_book_items(entity: str, source: Source, passages: int = 4) -> Iterator[Row]:
+    """The recall questions with passages, one of which holds the answer: a ceiling for any retriever."""
+    for item in source.items[entity]:
+        if item.prose:
+            continue
+        for number, wording in enumerate(wordings_of(item).held_out_questions):
+            rng = rng_of(source.rules.seed, "open book", entity, item.relation, number)
+            others = [i for other in source.alike.get(entity, ()) for i in source.items[other] if not i.prose]
+            others = [i for i in others if i.relation == item.relation] + [
+                i for i in source.items[entity] if i.relation != item.relation and not i.prose
+            ]
+            chosen = [item, *rng.sample(others, min(passages - 1, len(others)))]
+            rng.shuffle(chosen)
+            content = {"passages": [passage(i) for i in chosen], "gold": chosen.index(item)}
+            answers = list(item.values)
+            yield _item("open book", number, item, source, question=fill(wording, item), answers=answers, **content)
+
+
+def exam_items(entity: str, source: Source) -> Iterator[Row]:
+    """Choice questions of five options with held-out stems, in CMExam's form (Question, Options, Answer, Explanation)."""
+    for item in source.items[entity]:
+        rng = rng_of(source.rules.seed, "held-out exam", entity, item.relation)
+        exam = exam_question(item, source, rng, wordings_of(item).held_out_exam_stems)
+        if exam is not None:
+            content = {"Question": exam.question, "Options": exam.options, "Answer": exam.answer}
+            yield _item("exam", 0, item, source, **content, Explanation=exam.explanation)
+
+
+def corpus_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Passages for retrieval, one for each relation of an entity: {"id", "title", "content"}; groups A, B and C."""
+    for item in source.items[entity]:
+        yield _item("passage", 0, item, source, title=item.entity.name, content=passage(item))
+
+
+def _item(recipe: str, number: int, item: Any, source: Source, **content: Any) -> Row:
+    return {
+        "id": f"{item.entity.id}.{item.relation}.{recipe.replace(' ', '_')}.{number}",
+        **content,
+        **{"relation": item.relation, "group": source.groups[item.entity.id], "recipe": recipe},
+        "facts": list(item.facts),
+    }
+
+
+def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source: Source) -> Iterator[str]:
+    """What training rows give away of the evaluation, one line each; nothing where all is well.
+
+    A C fact in any training row; a B fact in SFT or preference data (replayed pretraining text apart); an evaluation
+    question, statement or exam stem that a training row holds to more than MAX_OVERLAP (13-grams, normal form).
+
+    Args:
+        training: ("pretrain" | "sft" | "preference", row).
+    """
+    group_of = {fact.id: source.groups[fact.head] for fact in source.graph.facts}
+    questions = list(dict.fromkeys(item.get("question") or item["Question"] for item in items))
+    tests = TestItems(questions)
+    batch: list[tuple[str, Row]] = []
+
+    def check(rows: list[tuple[str, Row]]) -> Iterator[str]:
+        overlaps = tests.overlaps([normal_form("\n".join(_texts(row))) for _, row in rows])
+        for (stage, row), overlap in zip(rows, overlaps.tolist(), strict=True):
+            groups = {group_of.get(fact, "A") for fact in row.get("facts", ())}
+            if "C" in groups or "B" in groups and stage != "pretrain" and row["recipe"] != "replay":
+                yield f"{stage}: a row of recipe {row['recipe']} holds facts of group {max(groups)}: {_texts(row)[0][:60]}"
+            if overlap > MAX_OVERLAP:
+                yield f"{stage}: a row of recipe {row.get('recipe')} holds an evaluation item: {_texts(row)[0][:60]}"
+
+    for stage_row in training:
+        batch.append(stage_row)
+        if len(batch) == 2000:
+            yield from check(batch)
+            batch = []
+    if batch:
+        yield from check(batch)
+
+
+def _texts(row: Row) -> list[str]:
+    return texts_of({**row, "messages": row["prompt"]} if "prompt" in row else row)
