@@ -57,8 +57,8 @@ RELATIONS = {
     "indication": Relation("药品", "疾病", "适应证"),
     "contraindication": Relation("药品", "禁忌", "禁忌证"),
     "adverse_reaction": Relation("药品", "不良反应", "不良反应"),
-    "usage": Relation("药品", "描述", "用法用量"),
-    "population_warning": Relation("药品", "描述", "特殊人群用药"),
+    "usage": Relation("药品", "用法", "用法用量"),
+    "population_warning": Relation("药品", "人群警示", "特殊人群用药"),
     "precaution": Relation("药品", "描述", "注意事项"),
     "interaction": Relation("药品", "描述", "药物相互作用"),
 }
