@@ -58,8 +58,9 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
 
 
 def possible_faults(item: Item) -> list[str]:
+    """Faults beside a wrong value. Clauses (usage, warnings) are no list to which something could be added."""
     faults = ["repetition", "unsafe advice"]
-    if not item.prose:
+    if not item.prose and not any("，" in value for value in item.values):
         faults.append("invented extra")
         if len(item.values) >= 3:
             faults.append("omission")

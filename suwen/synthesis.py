@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from suwen.knowledge_graph import Entity, Graph, Item
-from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
+from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, TITLES, Phrasings, phrasings_of
 
 Row = dict[str, Any]
 LETTERS = "ABCDE"
@@ -51,6 +51,7 @@ class Source:
     heads: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (relation, value) -> entity ids
     alike: dict[str, list[str]] = field(default_factory=dict)  # entity id -> ids of entities with similar names
     others: dict[str, list[Item]] = field(default_factory=dict)  # relation -> items
+    common: set[tuple[str, str]] = field(default_factory=set)  # (relation, value) too common to be surely wrong
 
 
 def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: SynthesisRules | None = None) -> Source:
@@ -65,6 +66,12 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
         source.others.setdefault(item.relation, []).append(item)
     for fact in graph.facts:
         source.heads.setdefault((fact.relation, fact.value), []).append(fact.head)
+    # Where entities have several values each, no graph has all of them: 恶心 may well be a reaction to a drug that is
+    # not said to cause it. What holds for many is therefore never offered as wrong. One-valued relations are complete.
+    for (relation, value), heads in source.heads.items():
+        items = source.others[relation]
+        if len(heads) > 3 and sum(len(item.values) for item in items) > 1.5 * len(items):
+            source.common.add((relation, value))
     source.alike = _similar_names([graph.entities[head] for head in source.items])
     return source
 
@@ -151,6 +158,8 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
     right = _right_values(item, source)
 
     def plausible(value: str) -> bool:
+        if (item.relation, value) in source.common:
+            return False
         return not any(value in other or other in value for other in right) and value not in item.entity.name
 
     near = [
@@ -277,19 +286,15 @@ def reverse_rows(relation: str, value: str, source: Source, group: str = "A") ->
     rng = rng_of(source.rules.seed, "reverse", relation, value)
     names = join_values([source.graph.entities[head].name for head in heads])
     items = [item for head in heads for item in source.items[head] if item.relation == relation]
-    kind = RELATIONS[relation].head
     for wording in rng.sample(wordings, min(2, len(wordings))):
-        answer = rng.choice((f"{names}。", f"涉及的{kind}有{names}。", f"可能是{names}。"))
-        if kind == "药品":
-            answer = rng.choice((f"{names}。", f"这样的药有{names}。", f"资料中有{names}，请在医生指导下使用。"))
-        if source.rules.answer_style == "value":
-            answer = f"{names}。"
-        yield row_of("reverse", group, items, messages=turns(wording.replace("{v}", value), answer))
+        answer = "{e}。" if source.rules.answer_style == "value" else rng.choice(phrasings_of(relation).reverse_answers)
+        texts = turns(wording.replace("{v}", value), answer.replace("{e}", names))
+        yield row_of("reverse", group, items, messages=texts)
 
 
 OPENINGS = {
-    "疾病": ("我想咨询一下{e}。", "医生说我得了{e}。", "家人最近查出{e}，想了解一下。", "你好，请问{e}是怎么回事？"),
-    "药品": ("我想了解一下{e}这种药。", "医生给我开了{e}。", "家里有一盒{e}，想问问。", "你好，请问{e}是什么药？"),
+    "疾病": ("我想咨询一下{e}。", "医生说我得了{e}。", "家人最近查出{e}，想了解一下。", "你好，我想问问{e}的事。"),
+    "药品": ("我想了解一下{e}这种药。", "医生给我开了{e}。", "家里有一盒{e}，想问问。", "你好，我想问问{e}的事。"),
 }
 
 
@@ -355,7 +360,7 @@ def exam_question(item: Item, source: Source, rng: random.Random, stems: Sequenc
         owner = source.heads.get((item.relation, value), [""])[0]
         if owner and source.groups.get(owner) == source.groups[item.entity.id]:
             other = Item(source.graph.entities[owner], item.relation, (value,), ())
-            explanation += f"{letters[value]}项不对：" + fill(wordings_of(other).statements[0], other)
+            explanation += f"{letters[value]}项{rng.choice(('不对', '不选', '错误'))}：" + fill(wordings_of(other).statements[0], other)
     lines = "\n".join(f"{letter} {value}" for letter, value in zip(LETTERS, options, strict=False))
     return Exam(fill(rng.choice(stems), item), lines, answer, explanation, item)
 
