@@ -40,7 +40,7 @@ def lengths_entry(lengths: Sequence[int]) -> dict[str, int]:
     """Characters of a row: smallest, median, 95th percentile, largest."""
     if not lengths:
         return {"min": 0, "median": 0, "p95": 0, "max": 0}
-    values = np.percentile(lengths, [0, 50, 95, 100]).astype(int).tolist()
+    values: list[int] = np.percentile(lengths, [0, 50, 95, 100]).astype(int).tolist()
     return dict(zip(("min", "median", "p95", "max"), values, strict=True))
 
 
@@ -112,15 +112,24 @@ def render(card: dict[str, Any]) -> str:
         relations = [(name, *values.values()) for name, values in graph["relations"].items()]
         parts += [
             "## Graph",
-            f"{graph['entities']:,} entities, {graph['facts']:,} facts. Left out or put right: {counts(graph['left_out'])}. "
-            f"Inconsistencies: {graph['problems']:,}.",
+            f"{graph['entities']:,} entities, {graph['facts']:,} facts. Inconsistencies: {graph['problems']:,}. "
+            f"Left out or put right: {counts(graph['left_out'])}.",
             table(("relation", "facts", "entities", "different values"), relations),
         ]
     if card["cleaning"]:
         parts += [
             "## Cleaning",
             table(
-                ("stage", "rows in", "rows out", "characters in", "characters out", "dropped", "changed", "personal data"),
+                (
+                    "stage",
+                    "rows in",
+                    "rows out",
+                    "characters in",
+                    "characters out",
+                    "dropped",
+                    "changed",
+                    "personal data",
+                ),
                 (
                     (stage, c["rows_in"], c["rows_out"], c["characters_in"], c["characters_out"])
                     + (counts(c["dropped"]), counts(c["changed"]), counts(c["personal_data"]))
@@ -130,7 +139,10 @@ def render(card: dict[str, Any]) -> str:
             f"Personal data: {card['personal_data_mode']}.",
         ]
     refused = counts(card["refused"])
-    parts += ["## Checks", f"Rows refused: {refused}. Leaks between training and evaluation: {card['leaks']['count']:,}."]
+    parts += [
+        "## Checks",
+        f"Rows refused: {refused}. Leaks between training and evaluation: {card['leaks']['count']:,}.",
+    ]
     if card["leaks"]["first"]:
         parts.append("\n".join(f"- {line}" for line in card["leaks"]["first"]))
     return "\n\n".join(parts) + "\n"

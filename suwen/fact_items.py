@@ -5,6 +5,7 @@ All wordings are held out from training. Every item names its facts, group and r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,11 +25,13 @@ from suwen.synthesis import (
     wrong_values,
 )
 
-MAX_OVERLAP = 0.6  # of an evaluation item's 13-grams in one training row
+MAX_OVERLAP = 0.6  # of an evaluation question's 13-grams in one training row
+WORDING_NGRAM = 8
+PLACEHOLDER = re.compile(r"\{[ev]\}")
 
 
 def recall_items(entity: str, source: Source) -> Iterator[Row]:
-    """Closed-book questions in held-out wordings: {"id", "question", "answers", ...}; right if every answer is named."""
+    """Closed-book questions in held-out wordings: {"id", "question", "answers"}; right if every answer is named."""
     for item in source.items[entity]:
         if not item.prose:
             for number, wording in enumerate(wordings_of(item).held_out_questions):
@@ -92,7 +95,7 @@ def open_book_items(entity: str, source: Source, passages: int = 4) -> Iterator[
 
 
 def exam_items(entity: str, source: Source) -> Iterator[Row]:
-    """Choice questions of five options with held-out stems, in CMExam's form (Question, Options, Answer, Explanation)."""
+    """Choice questions of five options with held-out stems, in CMExam's form."""
     for item in source.items[entity]:
         rng = rng_of(source.rules.seed, "held-out exam", entity, item.relation)
         exam = exam_question(item, source, rng, wordings_of(item).held_out_exam_stems)
@@ -119,26 +122,32 @@ def _item(recipe: str, number: int, item: Any, source: Source, **content: Any) -
 def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source: Source) -> Iterator[str]:
     """What training rows give away of the evaluation, one line each; nothing where all is well.
 
-    A C fact in any training row; a B fact in SFT or preference data (replayed pretraining text apart); an evaluation
-    question, statement or exam stem that a training row holds to more than MAX_OVERLAP (13-grams, normal form).
+    - a C fact in any training row; a B fact in SFT or preference data (replayed pretraining text apart);
+    - a generated row with the words of a held-out wording (its parts around {e} and {v}, from 8 characters on);
+    - a row of other sources that holds most of an evaluation question (13-grams, normal form).
 
     Args:
         training: ("pretrain" | "sft" | "preference", row).
     """
     group_of = {fact.id: source.groups[fact.head] for fact in source.graph.facts}
-    questions = list(dict.fromkeys(item.get("question") or item["Question"] for item in items))
-    tests = TestItems(questions)
-    batch: list[tuple[str, Row]] = []
+    questions = TestItems(list(dict.fromkeys(item.get("question") or item["Question"] for item in items)))
+    wordings = TestItems(sorted(_held_out_words(source)), ngram=WORDING_NGRAM, common=1_000_000)
 
     def check(rows: list[tuple[str, Row]]) -> Iterator[str]:
-        overlaps = tests.overlaps([normal_form("\n".join(_texts(row))) for _, row in rows])
-        for (stage, row), overlap in zip(rows, overlaps.tolist(), strict=True):
-            groups = {group_of.get(fact, "A") for fact in row.get("facts", ())}
+        forms = [normal_form("\n".join(_texts(row))) for _, row in rows]
+        held = questions.overlaps(forms) > MAX_OVERLAP
+        worded = wordings.overlaps(forms) == 1
+        for (stage, row), holds, has_wording in zip(rows, held.tolist(), worded.tolist(), strict=True):
+            groups = {group_of.get(fact, "A") for fact in row["facts"]}
+            place = f"{stage}, recipe {row['recipe']}: {_texts(row)[0][:60]!r}"
             if "C" in groups or "B" in groups and stage != "pretrain" and row["recipe"] != "replay":
-                yield f"{stage}: a row of recipe {row['recipe']} holds facts of group {max(groups)}: {_texts(row)[0][:60]}"
-            if overlap > MAX_OVERLAP:
-                yield f"{stage}: a row of recipe {row.get('recipe')} holds an evaluation item: {_texts(row)[0][:60]}"
+                yield f"{place} holds facts of group {max(groups)}"
+            if row["facts"] and has_wording:
+                yield f"{place} has the words of a held-out wording"
+            if not row["facts"] and holds:
+                yield f"{place} holds an evaluation question"
 
+    batch: list[tuple[str, Row]] = []
     for stage_row in training:
         batch.append(stage_row)
         if len(batch) == 2000:
@@ -146,6 +155,20 @@ def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source
             batch = []
     if batch:
         yield from check(batch)
+
+
+def _held_out_words(source: Source) -> set[str]:
+    """The fixed parts of all held-out wordings in use, long enough not to occur by chance."""
+    words: set[str] = set()
+    for relation, items in source.others.items():
+        for prose in {item.prose for item in items}:
+            found = phrasings_of(relation, prose)
+            for wording in (
+                *(found.held_out_statements + found.held_out_questions),
+                *(found.held_out_reverse_questions + found.held_out_exam_stems),
+            ):
+                words.update(normal_form(part) for part in PLACEHOLDER.split(wording))
+    return {word for word in words if len(word) >= WORDING_NGRAM}
 
 
 def _texts(row: Row) -> list[str]:

@@ -19,7 +19,8 @@ from suwen.personal_data import NAME
 from suwen.phrasings import RELATIONS
 from suwen.readers import Refusal, detect_encoding, file_kind, read_records
 
-PROSE_CHARACTERS = 40  # a value longer than this, or with a full stop inside, is a sentence and not a term
+PROSE_CHARACTERS = 40
+CLAUSE = re.compile(r"[，；：]|^(?:用于|适用于|主要用于|本[品药])")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Item:
 
     @property
     def prose(self) -> bool:
-        return any(is_prose(value) for value in self.values)
+        return any(is_prose(value, self.relation) for value in self.values)
 
     @property
     def text(self) -> str:
@@ -88,8 +89,12 @@ class Graph:
         return {relation: list(values) for relation, values in found.items()}
 
 
-def is_prose(value: str) -> bool:
-    return len(value) > PROSE_CHARACTERS or "。" in value[:-1]
+def is_prose(value: str, relation: str) -> bool:
+    """Whether a value is a sentence rather than a term that fits into other sentences."""
+    known = RELATIONS.get(relation)
+    if len(value) > PROSE_CHARACTERS or "。" in value:
+        return True
+    return not (known and known.clauses) and CLAUSE.search(value) is not None
 
 
 def short_hash(*parts: str) -> str:
@@ -136,7 +141,12 @@ TRIPLE_KEYS = (
     ("实体1", "关系", "实体2"),
     ("entity", "attribute", "value"),
 )
-EDGE_KEYS = ((":start_id", ":type", ":end_id"), ("source", "type", "target"), ("start", "type", "end"), ("source", "relation", "target"))
+EDGE_KEYS = (
+    (":start_id", ":type", ":end_id"),
+    ("source", "type", "target"),
+    ("start", "type", "end"),
+    ("source", "relation", "target"),
+)
 NODE_KEYS = ((":id", "name", ":label"), ("id", "name", "type"), ("id", "name", "label"))
 NAMES = ("name", "名称", "疾病", "疾病名称", "disease", "药品", "药品名称", "药名", "通用名称", "drug_name", "title")
 ALIASES = ("alias", "aliases", "别名", "又名", "商品名", "英文名")
@@ -170,12 +180,24 @@ FIELDS = {
 }
 RELATION_OF = {name: relation for relation, names in FIELDS.items() for name in (relation, *names)}
 RELATION_OF |= {relation.name: key for key, relation in RELATIONS.items()}
-IGNORED_FIELDS = {"_id", "id", "category", "yibao_status", "insurance", "get_prob", "cost_money", "money", "drug_detail"}
+IGNORED_FIELDS = {
+    "_id",
+    "id",
+    "category",
+    "yibao_status",
+    "insurance",
+    "get_prob",
+    "cost_money",
+    "money",
+    "drug_detail",
+}
 IGNORED_FIELDS |= {"recommand_eat", "剂型", "instruction", "医学专家标注的适应病症", ""}
 LEAFLET_FIELD = re.compile(r"^\s*[【\[]?\s*([\u4e00-\u9fff/]{2,10})\s*[】\]]?\s*[:：】]\s*", re.MULTILINE)
 TYPES = {"disease": "疾病", "drug": "药品", "疾病": "疾病", "药品": "药品", "药物": "药品", "medicine": "药品"}
 TAG = re.compile(r"<[^<>]{1,200}>")
-EMPTY = re.compile(r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:资料)?|无|不详|未知|none|null|nan)?[-—/\s（）()。.]*", re.IGNORECASE)
+EMPTY = re.compile(
+    r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:资料)?|无|不详|未知|none|null|nan)?[-—/\s（）()。.]*", re.IGNORECASE
+)
 # Public disease tables hold names of people among the symptoms: like a name, and without a character that symptoms have
 SYMPTOM_CHARACTERS = frozenset(
     "痛肿热咳血尿便疹胀吐晕痒麻酸冷汗渴饥饿瘦胖疲乏力困眠梦惊悸闷喘咯痰鼻咽喉耳目眼口舌唇齿牙头面颈项肩背腰腹胸胃肠肝胆脾肾心肺脑皮肤骨节肌筋脉脚足"
@@ -183,7 +205,18 @@ SYMPTOM_CHARACTERS = frozenset(
     "病毒菌虫疟乱伤寒中缺氧低不异常障碍水气音泪涕脓液无过少食厌欲息吸呼视力动行走睡嗜食腺肛宫囊体压糖脂眩倦急慢瘙疼征环腿弓膜激跌哭脸相圈醒秃痱易全满"
 )
 # Relations whose cells are lists of terms; in the others a cell is one text.
-LISTS = {"department", "symptom", "examination", "treatment", "surgery", "drug", "complication", "food", "food_to_avoid", "site"}
+LISTS = {
+    "department",
+    "symptom",
+    "examination",
+    "treatment",
+    "surgery",
+    "drug",
+    "complication",
+    "food",
+    "food_to_avoid",
+    "site",
+}
 PERSON = re.compile(rf"{NAME}|[毓所巨][\u4e00-\u9fff]{{1,2}}")
 SEPARATORS = re.compile(r"[、，,；;|\t\n]+|(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])")
 ENUMERATED = re.compile(r"(?:^|(?<=[。；;\n]))\s*(?:\d{1,2}[.、．)）]|[（(]\d{1,2}[)）]|[①-⑳])\s*")
@@ -257,7 +290,8 @@ def _read_row(row: Any, where: str, builder: GraphBuilder, nodes: dict[str, str]
     fields = {str(key).strip().lower(): value for key, value in row.items()}
     for keys in TRIPLE_KEYS:
         if set(keys) <= fields.keys():
-            _read_triple(*(clean_cell(fields[key]) for key in keys), fields, where, builder)
+            head, relation, tail = (clean_cell(fields[key]) for key in keys)
+            _read_triple(head, relation, tail, fields, where, builder)
             return
     for keys in EDGE_KEYS:
         if set(keys) <= fields.keys():
@@ -269,14 +303,14 @@ def _read_row(row: Any, where: str, builder: GraphBuilder, nodes: dict[str, str]
             aliases = split_terms(fields.get("aliases", fields.get("alias", "")), builder.counts)
             nodes[key] = builder.entity(name, TYPES.get(kind.lower(), kind), aliases, key)
             return
-    name = next((key for key in NAMES if fields.get(key)), None)
-    if name is None or not any(key in RELATION_OF for key in fields if key != name):
+    column = next((key for key in NAMES if fields.get(key)), None)
+    if column is None or not any(key in RELATION_OF for key in fields if key != column):
         found = ", ".join(map(str, row)) or "nothing"
         raise ValueError(
-            f"{where}: found the columns {found}, expected triples (head, relation, tail), nodes (id, name, type), edges "
-            "(source, type, target), or one row a disease or drug (name, symptom, ...)"
+            f"{where}: found the columns {found}, expected triples (head, relation, tail), nodes (id, name, type), "
+            "edges (source, type, target), or one row a disease or drug (name, symptom, ...)"
         )
-    _read_table_row(fields, name, builder)
+    _read_table_row(fields, column, builder)
 
 
 def _read_triple(
@@ -336,10 +370,10 @@ def _read_leaflet(text: str, where: str, builder: GraphBuilder) -> None:
     aliases = split_terms(re.sub(r"[；;]", "、", values.get("别名", "")), builder.counts)
     head = builder.entity(first.strip(), "药品", aliases)
     for label, value in values.items():
-        relation = RELATION_OF.get(label)
-        if relation and (value := clean_cell(value)):
-            builder.fact(head, relation, value)
-        elif relation is None and label not in (*IGNORED_FIELDS, *ALIASES):
+        known = RELATION_OF.get(label)
+        if known and (value := clean_cell(value)):
+            builder.fact(head, known, value)
+        elif known is None and label not in (*IGNORED_FIELDS, *ALIASES):
             builder.counts["text under an unknown label, left aside"] += 1
 
 

@@ -174,7 +174,18 @@ class RowFile:
         self.stream.close()
 
 
-CONTENT_KEYS = ("text", "messages", "prompt", "chosen", "rejected", "question", "content", "Question", "Options", "Explanation")
+CONTENT_KEYS = (
+    "text",
+    "messages",
+    "prompt",
+    "chosen",
+    "rejected",
+    "question",
+    "content",
+    "Question",
+    "Options",
+    "Explanation",
+)
 
 
 def strings_of(row: Row) -> Iterator[str]:

@@ -62,8 +62,8 @@ def hash_ngrams(texts: Sequence[str], size: int) -> tuple[np.ndarray, np.ndarray
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """(N, NUM_HASHES) uint32 MinHash signatures of texts in normal form; an empty text has the signature of no n-gram."""
-    from rensa import RMinHash
+    """(N, NUM_HASHES) uint32 MinHash signatures of texts in normal form; empty texts are alike."""
+    from rensa import RMinHash  # type: ignore[import-untyped]
 
     hashes, offsets = hash_ngrams(texts, NGRAM)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.astype(np.uint64), NUM_HASHES, SEED)
@@ -100,11 +100,13 @@ def first_of_cluster(rows: np.ndarray, threshold: float = 0.8) -> np.ndarray:
                 keys ^= keys >> np.uint64(29)
             order = np.argsort(keys, kind="stable")
             same = keys[order[1:]] == keys[order[:-1]]
-            later = np.flatnonzero(same) + 1
+            later: np.ndarray = np.flatnonzero(same) + 1
             heads: np.ndarray = np.zeros(len(order), dtype=np.int64)
             heads[1:] = np.where(same, 0, np.arange(1, len(order)))
             heads = np.maximum.accumulate(heads)
-            pairs = np.concatenate([np.stack([order[later], order[later - 1]]), np.stack([order[later], order[heads[later]]])], 1)
+            pairs = np.concatenate(
+                [np.stack([order[later], order[later - 1]]), np.stack([order[later], order[heads[later]]])], 1
+            )
             for start in range(0, pairs.shape[1], 1 << 16):
                 a, b = pairs[:, start : start + (1 << 16)]
                 alike = (rows[a] == rows[b]).mean(axis=1) >= threshold
@@ -115,21 +117,20 @@ def first_of_cluster(rows: np.ndarray, threshold: float = 0.8) -> np.ndarray:
 
 
 class TestItems:
-    """The 13-grams of test items, to find texts that hold one of them.
+    """The n-grams of test items, to find texts that hold one of them.
 
-    An n-gram in more than `COMMON` items is a turn of phrase ("下列关于...的叙述，正确的是") and does not count.
+    An n-gram in more than `common` items is a turn of phrase ("下列关于...的叙述，正确的是") and does not count.
     """
 
-    NGRAM = 13
-    COMMON = 3
     __test__ = False  # not a test, whatever pytest thinks of its name
 
-    def __init__(self, items: Sequence[str]) -> None:
-        hashes, offsets = hash_ngrams([normal_form(item) for item in items], self.NGRAM)
-        owners = np.repeat(np.arange(len(items)), np.diff(offsets))
+    def __init__(self, items: Sequence[str], ngram: int = 13, common: int = 3) -> None:
+        self.ngram = ngram
+        hashes, offsets = hash_ngrams([normal_form(item) for item in items], ngram)
+        owners: np.ndarray = np.repeat(np.arange(len(items)), np.diff(offsets))
         hashes, owners = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)
         _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-        rare = counts[inverse] <= self.COMMON
+        rare = counts[inverse] <= common
         self.hashes, self.owners = hashes[rare], owners[rare].astype(np.int64)
         self.sizes = np.bincount(self.owners, minlength=len(items))
 
@@ -138,12 +139,14 @@ class TestItems:
         found: np.ndarray = np.zeros(len(texts))
         if not len(self.hashes):
             return found
-        hashes, offsets = hash_ngrams(texts, self.NGRAM)
-        hits = np.flatnonzero(self.hashes[np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)] == hashes)
+        hashes, offsets = hash_ngrams(texts, self.ngram)
+        first = np.searchsorted(self.hashes, hashes, side="left")
+        last = np.searchsorted(self.hashes, hashes, side="right")
+        hits = np.flatnonzero(last > first)
         for number in np.unique(np.searchsorted(offsets, hits, side="right") - 1):
-            mine = np.unique(hashes[offsets[number] : offsets[number + 1]])
-            owners = self.owners[np.isin(self.hashes, mine)]
-            counts = np.bincount(owners)
-            held = np.flatnonzero(counts)
-            found[number] = (counts[held] / self.sizes[held]).max()
+            inside = hits[np.searchsorted(hits, offsets[number]) : np.searchsorted(hits, offsets[number + 1])]
+            ranges = np.unique(np.stack([first[inside], last[inside]]), axis=1)  # an n-gram said twice counts once
+            owners = np.concatenate([self.owners[start:end] for start, end in ranges.T])
+            held, counts = np.unique(owners, return_counts=True)
+            found[number] = (counts / self.sizes[held]).max()
         return found

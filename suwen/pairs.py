@@ -18,7 +18,7 @@ from suwen.phrasings import UNSAFE, UNSAFE_DRUG
 from suwen.synthesis import (
     Row,
     Source,
-    answer_to,
+    answer_wording,
     assistant,
     fill,
     reading_example,
@@ -69,39 +69,34 @@ def possible_faults(item: Item) -> list[str]:
 
 def _faulty(kind: str, item: Item, source: Source, rng: random.Random) -> tuple[str, str] | None:
     """A right answer and one with the fault; None where no plausible wrong value is at hand."""
-    state = rng.getstate()
-    chosen = answer_to(item, source, rng)
-
-    def again(values: Sequence[str]) -> str:
-        """The same wording with other values."""
-        after = rng.getstate()
-        rng.setstate(state)
-        text = answer_to(item, source, rng, values)
-        rng.setstate(after)
-        return text
-
+    wording = answer_wording(item, source, rng)
+    chosen = fill(wording, item)
+    values: Sequence[str] = ()  # of the rejected answer, in the same wording
     if kind == "wrong value":
-        if item.prose:
-            values = [i for i in source.others[item.relation] if i.entity.id != item.entity.id and i.prose]
-            values = [i for i in values if source.groups[i.entity.id] == source.groups[item.entity.id]]
-            rejected = again(rng.choice(values).values) if values else None
-        else:
-            wrong = wrong_values(item, source, rng, len(item.values))
-            rejected = again(wrong) if wrong else None
+        values = _other_prose(item, source, rng) if item.prose else wrong_values(item, source, rng, len(item.values))
     elif kind == "invented extra":
         extra = wrong_values(item, source, rng, max(1, len(item.values) // 2))
-        values = [*item.values, *extra]
-        rng.shuffle(values)
-        rejected = again(values) if extra else None
+        values = rng.sample([*item.values, *extra], len(item.values) + len(extra)) if extra else ()
     elif kind == "omission":
-        rejected = again(rng.sample(item.values, max(1, len(item.values) // 3)))
+        values = rng.sample(item.values, max(1, len(item.values) // 3))
     elif kind == "repetition":
-        rejected = chosen + chosen * rng.randint(2, 3)
+        return chosen, chosen * rng.randint(3, 4)
     else:
         assert kind == "unsafe advice", kind
         unsafe = UNSAFE_DRUG if item.entity.type == "药品" else UNSAFE
-        rejected = rng.choice(unsafe).replace("{e}", item.entity.name)
-    return None if rejected is None or rejected == chosen else (chosen, rejected)
+        return chosen, rng.choice(unsafe).replace("{e}", item.entity.name)
+    rejected = fill(wording, item, values)
+    return (chosen, rejected) if values and rejected != chosen else None
+
+
+def _other_prose(item: Item, source: Source, rng: random.Random) -> Sequence[str]:
+    """What is written under the same relation of another entity of the group; nothing if none was met in 20 draws."""
+    group = source.groups[item.entity.id]
+    for _ in range(20):
+        other = rng.choice(source.others[item.relation])
+        if other.prose and other.values != item.values and source.groups[other.entity.id] == group:
+            return other.values
+    return ()
 
 
 def _row(question: str, chosen: str, rejected: str, kind: str, item: Item, source: Source) -> Row:
@@ -114,11 +109,11 @@ def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterato
     heads = [head for head in source.items if source.groups[head] in groups]
     for number in range(count if heads else 0):
         rng = rng_of(source.rules.seed, "reading pair", number)
-        prompt, chosen, item, others = reading_example(source, rng, heads)
+        prompt, _, item, others = reading_example(source, rng, heads)
         tempting = [i.values for i in others if i.relation == item.relation and not set(i.values) & set(item.values)]
         wrong = rng.choice(tempting) if tempting else wrong_values(item, source, rng, len(item.values))
         if wrong and not item.prose:
-            wording = "{v}。" if source.rules.answer_style == "value" else rng.choice(wordings_of(item).answers)
+            wording = answer_wording(item, source, rng)
             chosen, rejected = fill(wording, item), fill(wording, item, wrong)
             yield {**_row(prompt, chosen, rejected, "wrong value", item, source), "recipe": "reading pair"}
 
@@ -158,8 +153,10 @@ def scored_rows(records: Iterable[tuple[str, dict[str, Any]]], min_gap: float = 
         if "rejected" in record or "response_rejected" in record:
             yield {**record, "recipe": "given pair", "where": where}
             continue
-        answers = record.get("responses") or record.get("answers") or record.get("ranked")
-        scores = record.get("scores") or (range(0, -len(answers), -1) if "ranked" in record and answers else None)
+        answers: Any = record.get("responses") or record.get("answers") or record.get("ranked")
+        scores: Any = record.get("scores")
+        if "ranked" in record and isinstance(answers, list):
+            scores = range(0, -len(answers), -1)
         prompt = record.get("prompt") or record.get("question") or record.get("messages")
         texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
         if not prompt or not texts or scores is None or len(scores) != len(answers):

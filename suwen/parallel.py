@@ -25,6 +25,7 @@ Encode = Callable[[Row], tuple[list[Row], Counter[str]]]
 Result = tuple[bytes | None, Counter[str], list[int]]
 Batch = tuple[bool, list[Row], list[int]]  # for training or for validation, rows, how often each
 
+
 def _encode_batch(encode: Encode, rows: list[Row], times: list[int]) -> Result:
     """Encode rows, repeat them, and lay them out as an Arrow stream.
 

@@ -1,9 +1,9 @@
 """Personal data in Chinese medical text: found, counted and masked by kind.
 
-What is recognised, and what is not: resident IDs of 18 digits with a valid birth date and checksum (GB 11643-1999),
-mobile and land-line numbers, e-mail addresses, QQ and WeChat numbers, record numbers, addresses and birth dates behind
-their labels, and names of people behind their labels (姓名：, 联系人：) or before their sex (患者张某，男). A name in running
-text is not found: that takes a model, and its mistakes. Names begin with one of the common surnames.
+What is recognised: resident IDs of 18 digits with a valid birth date and checksum (GB 11643-1999); mobile and land-line
+numbers; e-mail addresses; QQ and WeChat numbers, record numbers, addresses and birth dates behind their labels; names
+behind their labels (姓名：, 联系人：) or before their sex or age (患者张某，男). Names begin with one of the common
+surnames. A name in running text is not found: that takes a model, and its mistakes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,25 @@ SURNAMES = (
 COMPOUND = "欧阳|司马|上官|诸葛|东方|皇甫|尉迟|公孙|慕容|令狐|司徒|端木|夏侯"
 NAME = rf"(?:(?:{COMPOUND})[\u4e00-\u9fff]{{1,2}}|[{SURNAMES}][\u4e00-\u9fff某]{{1,2}})"
 # Words that begin like a name and stand behind the same labels
-NOT_NAMES = re.compile(r"不详|未知|保密|匿名|同上|高血[压糖脂]|黄疸|白[带细血]|应[该当]|常[规见]|任[何意]|全[部体]|成[年人]|时[间候]|平[时常]|关[节于]")
+NOT_NAMES = re.compile(
+    r"不详|未知|保密|匿名|同上|高血[压糖脂]|黄疸|白[带细血]|应[该当]|常[规见]|任[何意]|全[部体]|成[年人]|时[间候]|平[时常]|关[节于]"
+)
 
 # Cheap to look for, and rare: what may hold a number, and the colon behind a label
 DIGIT_RUN = re.compile(r"[0-9](?:[- \uff0d]?[0-9Xx]){9,}")
 COLON = re.compile(r"[:：] ?")
 NUMBER = re.compile(
     r"(?P<resident_id>[1-9]\d{5}(?:19|20)\d{9}[\dXx])"
-    r"|(?P<phone>(?:86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}|0\d{2,3}[- \uff0d]\d{7,8}|400[- \uff0d]?\d{3,4}[- \uff0d]?\d{3,4})"
+    r"|(?P<phone>(?:86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}"
+    r"|0\d{2,3}[- \uff0d]\d{7,8}|400[- \uff0d]?\d{3,4}[- \uff0d]?\d{3,4})"
 )
 EMAIL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._%+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
-ACCOUNT = re.compile(r"(?:QQ|qq|微信|微 信)(?:群|号|号码)?\s*[:：是]?\s*(?P<account>[A-Za-z0-9_-]{5,20})(?![A-Za-z0-9])")
-RECORD = re.compile(r"(?:住院号|门诊号|病案号|病历号|就诊卡号|医保号|医保卡号|登记号)\s*[:：]?\s*(?P<record_number>[A-Za-z]{0,3}\d{4,20})")
+ACCOUNT = re.compile(
+    r"(?:QQ|qq|微信|微 信)(?:群|号|号码)?\s*[:：是]?\s*(?P<account>[A-Za-z0-9_-]{5,20})(?![A-Za-z0-9])"
+)
+RECORD = re.compile(
+    r"(?:住院号|门诊号|病案号|病历号|就诊卡号|医保号|医保卡号|登记号)\s*[:：]?\s*(?P<record_number>[A-Za-z]{0,3}\d{4,20})"
+)
 PATIENT = re.compile(
     rf"(?:患者|病人|患儿|家属)\s*[:：]?\s*(?P<name>{NAME})(?=\s*[，,、 ]\s*(?:男|女|\d{{1,3}}\s*[岁月天]))"
 )

@@ -28,15 +28,15 @@ class Phrasings:
     held_out_exam_stems: tuple[str, ...] = field(default=())
 
 
-# Relations by their key in files of ours; head type, name in Chinese, and whether its values are terms (not prose).
 @dataclass(frozen=True)
 class Relation:
     head: str  # 疾病 or 药品
     tail: str  # type of the value
     name: str
+    clauses: bool = False  # values may be clauses ("每日1次，餐后服用"), which its wordings allow for
 
 
-RELATIONS = {
+RELATIONS = {  # by their key in our files
     "definition": Relation("疾病", "描述", "概述"),
     "department": Relation("疾病", "科室", "就诊科室"),
     "symptom": Relation("疾病", "症状", "症状"),
@@ -58,17 +58,17 @@ RELATIONS = {
     "indication": Relation("药品", "疾病", "适应证"),
     "contraindication": Relation("药品", "禁忌", "禁忌证"),
     "adverse_reaction": Relation("药品", "不良反应", "不良反应"),
-    "usage": Relation("药品", "用法", "用法用量"),
-    "population_warning": Relation("药品", "人群警示", "特殊人群用药"),
+    "usage": Relation("药品", "用法", "用法用量", clauses=True),
+    "population_warning": Relation("药品", "人群警示", "特殊人群用药", clauses=True),
     "precaution": Relation("药品", "描述", "注意事项"),
     "interaction": Relation("药品", "描述", "药物相互作用"),
 }
 
 GENERIC = Phrasings(
     statements=(
-        "{e}的{n}包括{v}。",
-        "{v}属于{e}的{n}。",
-        "说到{e}的{n}，主要有{v}。",
+        "{e}的{n}是{v}。",
+        "{e}的{n}一项记载为{v}。",
+        "说到{e}的{n}，可以归纳为{v}。",
         "{e}在{n}方面的要点是{v}。",
         "资料中{e}的{n}一栏写的是{v}。",
         "就{n}而言，{e}对应的是{v}。",
@@ -76,7 +76,7 @@ GENERIC = Phrasings(
         "了解{e}时要知道它的{n}：{v}。",
         "{v}，这是{e}的{n}。",
     ),
-    held_out_statements=("查阅{e}的{n}，可以看到{v}。", "在{n}这一项上，{e}记为{v}。"),
+    held_out_statements=("查阅有关{e}的{n}的条目，可以看到{v}。", "翻到{n}这一项，{e}后面写的是{v}。"),
     questions=(
         "{e}的{n}有哪些？",
         "请介绍{e}的{n}。",
@@ -86,8 +86,13 @@ GENERIC = Phrasings(
         "请问{e}的{n}包括什么？",
         "说说{e}的{n}。",
     ),
-    held_out_questions=("能告诉我{e}的{n}吗？", "{e}在{n}方面是怎样的？", "查一下{e}的{n}。", "医生，{e}的{n}该怎么说？"),
-    answers=("{e}的{n}包括{v}。", "{e}的{n}：{v}。", "{n}方面，{e}的情况是{v}。", "{e}的{n}主要是{v}。"),
+    held_out_questions=(
+        "能不能告诉我{e}的{n}？",
+        "{e}在{n}这方面情况如何？",
+        "麻烦查一下{e}的{n}。",
+        "医生，{e}的{n}该怎么说？",
+    ),
+    answers=("{e}的{n}是{v}。", "{e}的{n}：{v}。", "{n}方面，{e}的情况是{v}。", "资料中{e}的{n}写的是{v}。"),
     follow_ups=("它的{n}呢？", "那{n}是什么？", "{n}方面是怎样的？"),
     exam_stems=("下列属于{e}{n}的是", "关于{e}的{n}，正确的是", "{e}的{n}是"),
     held_out_exam_stems=("在{n}方面，与{e}相符的是",),
@@ -176,9 +181,14 @@ PHRASINGS = {
             "患了{e}，身体会出现什么异常？",
             "{e}通常会带来哪种不适？",
             "哪些信号提示可能是{e}？",
-            "{e}的主要表现是？",
+            "患{e}的人，最主要的表现是？",
         ),
-        answers=("{e}的典型症状是{v}。", "{e}患者常出现{v}。", "主要表现为{v}。", "{e}常见的表现有{v}，出现后应及时就医。"),
+        answers=(
+            "{e}的典型症状是{v}。",
+            "{e}患者常出现{v}。",
+            "主要表现为{v}。",
+            "{e}常见的表现有{v}，出现后应及时就医。",
+        ),
         follow_ups=("会有什么症状？", "主要有哪些表现？", "发作时会怎样？"),
         reverse_questions=(
             "出现{v}，可能是什么病？",
@@ -286,7 +296,12 @@ PHRASINGS = {
             "请介绍{e}的治疗。",
             "{e}有什么好的疗法？",
         ),
-        held_out_questions=("{e}能用什么方式来治？", "确诊{e}以后，医生会怎么处理？", "对付{e}有哪些手段？", "{e}的治疗思路是什么？"),
+        held_out_questions=(
+            "{e}能用什么方式来治？",
+            "确诊{e}以后，医生会怎么处理？",
+            "对付{e}有哪些手段？",
+            "{e}的治疗思路是什么？",
+        ),
         answers=("{e}的治疗方法有{v}。", "治疗{e}主要靠{v}。", "可以采用{v}，具体方案由医生决定。", "一般采用{v}。"),
         follow_ups=("该怎么治疗？", "有哪些治疗方法？", "应该怎么处理？"),
         exam_stems=("{e}的治疗方法是", "下列措施中，可用于治疗{e}的是", "{e}的处理应包括"),
@@ -315,8 +330,18 @@ PHRASINGS = {
             "请列举治疗{e}的药物。",
             "{e}患者一般用什么药？",
         ),
-        held_out_questions=("对{e}有效的药是哪种？", "{e}该用哪种药来治？", "医生会给{e}患者开什么药？", "控制{e}要靠什么药？"),
-        answers=("治疗{e}的常用药物是{v}。", "可以用{v}，请遵医嘱使用。", "{e}患者常用{v}。", "常用的药有{v}，应在医生指导下使用。"),
+        held_out_questions=(
+            "对{e}有效的药是哪种？",
+            "{e}该用哪种药来治？",
+            "医生会给{e}患者开什么药？",
+            "控制{e}要靠什么药？",
+        ),
+        answers=(
+            "治疗{e}的常用药物是{v}。",
+            "可以用{v}，请遵医嘱使用。",
+            "{e}患者常用{v}。",
+            "常用的药有{v}，应在医生指导下使用。",
+        ),
         follow_ups=("吃什么药？", "有哪些药可以用？", "用什么药治疗？"),
         reverse_questions=(
             "{v}可以治疗什么病？",
@@ -415,7 +440,12 @@ PHRASINGS = {
             "什么情况下用{e}？",
             "{e}的适应病症",
         ),
-        held_out_questions=("{e}主要治什么？", "{e}是用来治疗哪些病的？", "哪些患者适合用{e}？", "说明书上{e}可以治什么病？"),
+        held_out_questions=(
+            "{e}主要治什么？",
+            "{e}是用来治疗哪些病的？",
+            "哪些患者适合用{e}？",
+            "说明书上{e}可以治什么病？",
+        ),
         answers=("{e}的适应证是{v}。", "{e}用于治疗{v}。", "{e}适用于{v}，请在医生指导下使用。", "主要用于{v}。"),
         follow_ups=("它能治什么病？", "适应证有哪些？", "主要用于什么？"),
         reverse_questions=(
@@ -453,7 +483,12 @@ PHRASINGS = {
             "{e}禁用于哪些人？",
         ),
         held_out_questions=("谁不可以用{e}？", "{e}不适合什么样的人？", "哪些情况绝对不能用{e}？"),
-        answers=("{e}的禁忌证是{v}。", "{v}禁用{e}。", "下列人群不能使用{e}：{v}。", "{e}禁用于{v}，用药前请告诉医生病史和过敏史。"),
+        answers=(
+            "{e}的禁忌证是{v}。",
+            "{v}禁用{e}。",
+            "下列人群不能使用{e}：{v}。",
+            "{e}禁用于{v}，用药前请告诉医生病史和过敏史。",
+        ),
         follow_ups=("哪些人不能用？", "有什么禁忌？", "什么情况下禁用？"),
         exam_stems=("{e}的禁忌证是", "下列情况中，禁用{e}的是", "不宜使用{e}的是"),
         held_out_exam_stems=("使用{e}前应排除的情况是",),
@@ -480,7 +515,12 @@ PHRASINGS = {
             "使用{e}要留意什么不良反应？",
         ),
         held_out_questions=("用过{e}以后，身体可能有什么异常？", "{e}会带来哪些不良影响？", "{e}的常见副反应是？"),
-        answers=("{e}的不良反应有{v}。", "使用{e}可能出现{v}。", "常见的有{v}，症状较重应停药就医。", "{e}的副作用包括{v}。"),
+        answers=(
+            "{e}的不良反应有{v}。",
+            "使用{e}可能出现{v}。",
+            "常见的有{v}，症状较重应停药就医。",
+            "{e}的副作用包括{v}。",
+        ),
         follow_ups=("有什么副作用？", "不良反应有哪些？", "用了会不舒服吗？"),
         reverse_questions=(
             "哪些药会引起{v}？",
@@ -542,7 +582,11 @@ PHRASINGS = {
             "{e}的特殊人群用药提示是什么？",
             "不同人群使用{e}有什么要求？",
         ),
-        held_out_questions=("{e}在特殊人群中使用有何限制？", "{e}用于特殊人群时要怎么做？", "什么样的人用{e}需要格外谨慎？"),
+        held_out_questions=(
+            "{e}在特殊人群中使用有何限制？",
+            "{e}用于特殊人群时要怎么做？",
+            "什么样的人用{e}需要格外谨慎？",
+        ),
         answers=("特殊人群使用{e}要注意：{v}。", "{v}。", "{v}，用药前请咨询医生或药师。"),
         follow_ups=("特殊人群要注意什么？", "哪类人群用药要注意？", "哪些人要特别小心？"),
     ),
@@ -580,7 +624,5 @@ def phrasings_of(relation: str, prose: bool = False) -> Phrasings:
     """The wordings of a relation, with {n} filled in; `prose` for values that are whole sentences."""
     found = PROSE if prose else PHRASINGS.get(relation, GENERIC)
     name = RELATIONS[relation].name if relation in RELATIONS else relation
-    filled = {
-        key: tuple(wording.replace("{n}", name) for wording in value) for key, value in vars(found).items()
-    }
+    filled = {key: tuple(wording.replace("{n}", name) for wording in value) for key, value in vars(found).items()}
     return Phrasings(**filled)

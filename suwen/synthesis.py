@@ -49,6 +49,7 @@ class Source:
     items: dict[str, list[Item]] = field(default_factory=dict)
     values: dict[str, list[str]] = field(default_factory=dict)
     heads: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (relation, value) -> entity ids
+    rights: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # (entity id, relation) -> all its values
     alike: dict[str, list[str]] = field(default_factory=dict)  # entity id -> ids of entities with similar names
     others: dict[str, list[Item]] = field(default_factory=dict)  # relation -> items
     common: set[tuple[str, str]] = field(default_factory=set)  # (relation, value) too common to be surely wrong
@@ -66,6 +67,7 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
         source.others.setdefault(item.relation, []).append(item)
     for fact in graph.facts:
         source.heads.setdefault((fact.relation, fact.value), []).append(fact.head)
+        source.rights.setdefault((fact.head, fact.relation), set()).add(fact.value)
     # Where entities have several values each, no graph has all of them: 恶心 may well be a reaction to a drug that is
     # not said to cause it. What holds for many is therefore never offered as wrong. One-valued relations are complete.
     for (relation, value), heads in source.heads.items():
@@ -125,12 +127,15 @@ def statement(item: Item, rng: random.Random) -> str:
     return fill(rng.choice(wordings_of(item).statements), item)
 
 
-def answer_to(item: Item, source: Source, rng: random.Random, values: Sequence[str] | None = None) -> str:
-    """The answer to a question for an item, in the style of the rules."""
-    wording = "{v}。" if source.rules.answer_style == "value" else rng.choice(wordings_of(item).answers)
+def answer_wording(item: Item, source: Source, rng: random.Random) -> str:
+    """One of the wordings of answers, in the style of the rules."""
     if item.prose:
-        wording = "{v}"
-    return fill(wording, item, values)
+        return "{v}"
+    return "{v}。" if source.rules.answer_style == "value" else rng.choice(wordings_of(item).answers)
+
+
+def answer_to(item: Item, source: Source, rng: random.Random) -> str:
+    return fill(answer_wording(item, source, rng), item)
 
 
 def row_of(recipe: str, group: str, items: Sequence[Item], **content: Any) -> Row:
@@ -147,7 +152,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
-# --------------------------------------------------------------------------------------------------- wrong but plausible
+# ------------------------------------------------------------------------------------------------ wrong but plausible
 
 
 def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> list[str]:
@@ -155,7 +160,7 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
 
     A value that contains a right one, or is contained in one (咳嗽, 干咳), is not wrong enough and is passed over.
     """
-    right = _right_values(item, source)
+    right = source.rights[item.entity.id, item.relation]
 
     def plausible(value: str) -> bool:
         if (item.relation, value) in source.common:
@@ -179,13 +184,6 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
         if plausible(value) and value not in found:
             found.append(value)
     return found[:count]
-
-
-def _right_values(item: Item, source: Source) -> set[str]:
-    """All values of the item, also those that max_values has cut off."""
-    return {
-        value for value in source.values[item.relation] if item.entity.id in source.heads[item.relation, value]
-    } | set(item.values)
 
 
 # ---------------------------------------------------------------------------------------------------------- pretraining
@@ -339,7 +337,9 @@ class Exam:
     item: Item
 
 
-def exam_question(item: Item, source: Source, rng: random.Random, stems: Sequence[str], num_options: int = 5) -> Exam | None:
+def exam_question(
+    item: Item, source: Source, rng: random.Random, stems: Sequence[str], num_options: int = 5
+) -> Exam | None:
     """A choice among values of the same relation; one right answer, or several where the item has them.
 
     None where the graph has too few plausible wrong values, or the values are prose.
@@ -360,7 +360,9 @@ def exam_question(item: Item, source: Source, rng: random.Random, stems: Sequenc
         owner = source.heads.get((item.relation, value), [""])[0]
         if owner and source.groups.get(owner) == source.groups[item.entity.id]:
             other = Item(source.graph.entities[owner], item.relation, (value,), ())
-            explanation += f"{letters[value]}项{rng.choice(('不对', '不选', '错误'))}：" + fill(wordings_of(other).statements[0], other)
+            explanation += f"{letters[value]}项{rng.choice(('不对', '不选', '错误'))}：" + fill(
+                wordings_of(other).statements[0], other
+            )
     lines = "\n".join(f"{letter} {value}" for letter, value in zip(LETTERS, options, strict=False))
     return Exam(fill(rng.choice(stems), item), lines, answer, explanation, item)
 

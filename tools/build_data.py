@@ -3,13 +3,13 @@
     python tools/build_data.py                                              # the sample graph in data/kg
     python tools/build_data.py --recipe fictional --size 300 --seed 1       # an invented graph: measures injection
     python tools/build_data.py --graph diseases.csv,leaflets.json --text books/ --qa qa.jsonl:0.5 --pii mask
-    python tools/build_data.py --recipe chimed --qa Q --exams E --text T --graph G --dialogues D --general N --preference P
+    python tools/build_data.py --recipe chimed --qa Q --exams E --text T --graph G --dialogues D --general N
     python tools/build_data.py --recipe qizhen --graph G --qa Q --dialogues D
 
-Recipes: graph builds all stages from --graph and mixes the other files in; fictional does so from an invented graph, in
-groups A (pretraining and SFT), B (pretraining alone), C (retrieval corpus alone); chimed composes the stages as
-Qilin-Med's ChiMed does (QA, exams, text, graphs and dialogues in pretraining; general data, exams and dialogues in SFT);
-qizhen makes QiZhen's families of instructions (real QA, drugs, diseases, records from dialogues).
+Recipes: graph builds all stages from --graph and mixes the other files in; fictional does so from an invented graph,
+in groups A (pretraining and SFT), B (pretraining alone), C (retrieval corpus alone); chimed composes the stages as
+Qilin-Med's ChiMed does (QA, exams, text, graphs and dialogues in pretraining; general data, exams and dialogues in
+SFT); qizhen makes QiZhen's families of instructions (real QA, drugs, diseases, records from dialogues).
 """
 
 import itertools
@@ -123,7 +123,11 @@ def generated_rows(entities: list[str], source: Any, recipes: str) -> list[tuple
         "test_exam": fact_items.exam_items,
         "corpus": fact_items.corpus_rows,
     }
-    stages = {**dict.fromkeys(("question", "dialogue", "exam"), "sft"), "pretrain": "pretrain", "preference": "preference"}
+    stages = {
+        **dict.fromkeys(("question", "dialogue", "exam"), "sft"),
+        "pretrain": "pretrain",
+        "preference": "preference",
+    }
     rows = []
     for entity in entities:
         group = source.groups[entity]
@@ -174,7 +178,9 @@ def write_generated(build: Build, source: Any, reading: Any, args: BuildArgument
         number = share(counts["sft"], args.reading)
         build.write("sft", synthesis.reading_rows(reading, number, "messages", groups["sft"]))
     if "preference" in recipes:
-        build.write("preference", pairs.reading_pair_rows(reading, share(counts["preference"], args.reading), groups["sft"]))
+        build.write(
+            "preference", pairs.reading_pair_rows(reading, share(counts["preference"], args.reading), groups["sft"])
+        )
     if {"pretrain", "question"} <= set(recipes.split()):
         trained = [head for head in heads if source.groups[head] in "AB"]
         replays = itertools.chain.from_iterable(synthesis.replay_rows(head, source) for head in trained)
@@ -182,7 +188,9 @@ def write_generated(build: Build, source: Any, reading: Any, args: BuildArgument
         build.write("sft", itertools.islice(replays, 0, None, each) if args.replay else ())
 
 
-def outside_rows(recipe: str, sources: dict[str, list[Any]], build: Build, seed: int) -> dict[str, Iterator[dict[str, Any]]]:
+def outside_rows(
+    recipe: str, sources: dict[str, list[Any]], build: Build, seed: int
+) -> dict[str, Iterator[dict[str, Any]]]:
     """Rows of the user's own files by stage, as the recipe composes them."""
     from suwen.formats import BadRow
     from suwen.mixing import as_text, read_rows, record_rows, records_of, weighted
@@ -266,8 +274,13 @@ def write_exam_table(folder: Path) -> None:
     source = folder / "evaluation" / "exam.jsonl"
     if not source.is_file():
         return
-    with open(source, encoding="utf-8") as stream, open(folder / "evaluation" / "exam.csv", "w", encoding="utf-8", newline="") as out:
-        writer = csv.DictWriter(out, ("Question", "Options", "Answer", "Explanation", "id", "group"), extrasaction="ignore")
+    with (
+        open(source, encoding="utf-8") as stream,
+        open(folder / "evaluation" / "exam.csv", "w", encoding="utf-8", newline="") as out,
+    ):
+        writer = csv.DictWriter(
+            out, ("Question", "Options", "Answer", "Explanation", "id", "group"), extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows(map(json.loads, stream))
 
@@ -285,9 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--graph: the fictional recipe invents its graph, use --recipe graph for one of yours")
     if given.recipe == "graph" and not any(getattr(given, kind) for kind in kinds[:-1]):
         given.graph = str(Path(__file__).resolve().parents[1] / "data" / "kg")
-    sources = {
-        kind: parse_sources(getattr(given, kind), f"--{kind}") if getattr(given, kind) else [] for kind in kinds
-    }
+    sources = {kind: parse_sources(getattr(given, kind), f"--{kind}") if getattr(given, kind) else [] for kind in kinds}
     rules, groups = rules_of(args), {name: float(x) for name, x in parse_pairs(args.groups, "groups").items()}
     licences = parse_pairs(given.licences, "licences")
 
@@ -316,7 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     for stage, rows in outside_rows(given.recipe, sources, build, args.seed).items():
         report = CleaningReport()
         drop = lambda reason, where, stage=stage: build.note(f"cleaning {stage}", where, reason)  # noqa: E731
-        build.write(stage, clean_rows(rows, cleaning_rules, report, num_proc, TestItems(tests) if tests else None, drop))
+        build.write(
+            stage, clean_rows(rows, cleaning_rules, report, num_proc, TestItems(tests) if tests else None, drop)
+        )
         if report.rows_in:
             cleaning[stage] = cleaning_entry(report)
 
@@ -373,7 +386,9 @@ def checked_folder(folder: Path) -> Path:
         ours = {"pretrain", "sft", "preference", "evaluation", "data_card.json", "data_card.md", "dropped_rows.jsonl"}
         others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
         if others:
-            raise ValueError(f"--output_dir: {folder} holds {others[0]}, expected a new folder or one of an earlier build")
+            raise ValueError(
+                f"--output_dir: {folder} holds {others[0]}, expected a new folder or one of an earlier build"
+            )
     return folder
 
 
@@ -399,7 +414,9 @@ def rules_of(args: BuildArguments) -> Any:
 
 
 def graph_entry(graph: Any) -> dict[str, Any]:
-    facts, heads, values = Counter[str](), {}, graph.values()
+    facts: Counter[str] = Counter()
+    heads: dict[str, set[str]] = {}
+    values = graph.values()
     for fact in graph.facts:
         facts[fact.relation] += 1
         heads.setdefault(fact.relation, set()).add(fact.head)
