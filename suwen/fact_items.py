@@ -14,11 +14,11 @@ from suwen.near_duplicates import TestItems, normal_form
 from suwen.phrasings import phrasings_of
 from suwen.synthesis import (
     LETTERS,
-    PROSE_OPTION,
     Row,
     Source,
     exam_question,
     fill,
+    has_options,
     passage,
     rng_of,
     wordings_of,
@@ -60,7 +60,7 @@ def choice_items(entity: str, source: Source) -> Iterator[Row]:
     In CMExam's form with a `Suffix`: the text scored is Question + option + Suffix. Chance is 25 %.
     """
     for item in source.items[entity]:
-        if item.prose or any(len(value) > PROSE_OPTION for value in item.values):
+        if not has_options(item):
             continue
         for number, wording in enumerate(wordings_of(item).held_out_statements):
             rng = rng_of(source.rules.seed, "choice", entity, item.relation, number)

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Item:
     values: tuple[str, ...]
     facts: tuple[str, ...]
 
-    @property
+    @cached_property
     def prose(self) -> bool:
         return any(is_prose(value, self.relation) for value in self.values)
 
@@ -108,6 +109,7 @@ class GraphBuilder:
         self.graph = Graph()
         self.counts: Counter[str] = Counter()  # what was left out or put right, by reason
         self._ids: dict[tuple[str, str], str] = {}  # (type, name) -> id
+        self.told: set[tuple[str, str]] = set()  # (entity id, relation) of relations with one value
         self._seen: set[tuple[str, str, str]] = set()
 
     def entity(self, name: str, kind: str, aliases: Iterable[str] = (), entity_id: str = "") -> str:
@@ -196,7 +198,7 @@ LEAFLET_FIELD = re.compile(r"^\s*[【\[]?\s*([\u4e00-\u9fff/]{2,10})\s*[】\]]?\
 TYPES = {"disease": "疾病", "drug": "药品", "疾病": "疾病", "药品": "药品", "药物": "药品", "medicine": "药品"}
 TAG = re.compile(r"<[^<>]{1,200}>")
 EMPTY = re.compile(
-    r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:资料)?|无|不详|未知|none|null|nan)?[-—/\s（）()。.]*", re.IGNORECASE
+    r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:相关)?(?:资料)?|无|不详|未知|none|null|nan)?[-—/\s（）()。.]*", re.IGNORECASE
 )
 # Public disease tables hold names of people among the symptoms: like a name, and without a character that symptoms have
 SYMPTOM_CHARACTERS = frozenset(
@@ -215,8 +217,11 @@ LISTS = {
     "complication",
     "food",
     "food_to_avoid",
-    "site",
 }
+LISTS |= {"site", "drug_class"}
+# Relations that say one thing of an entity; where a source has two rows of one name, the first one counts.
+SINGLE = {"population", "transmission", "prognosis", "course"}
+NO_DEPARTMENT = re.compile(r"\d|岁|发病")
 PERSON = re.compile(rf"{NAME}|[毓所巨][\u4e00-\u9fff]{{1,2}}")
 SEPARATORS = re.compile(r"[、，,；;|\t\n]+|(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])")
 ENUMERATED = re.compile(r"(?:^|(?<=[。；;\n]))\s*(?:\d{1,2}[.、．)）]|[（(]\d{1,2}[)）]|[①-⑳])\s*")
@@ -226,7 +231,7 @@ def clean_cell(value: Any) -> str:
     """The text of a cell: tags and entities out, blanks at the ends cut; "" for what says that nothing is known."""
     if value is None or isinstance(value, dict):
         return ""
-    text = html.unescape(TAG.sub("", str(value))).replace("\u3000", " ").replace("[详细]", "").strip()
+    text = html.unescape(TAG.sub("", str(value))).replace("\u3000", " ").replace("\xa0", " ").replace("[详细]", "").strip()
     text = text.strip(" \n\t")
     return "" if EMPTY.fullmatch(text) else text
 
@@ -241,6 +246,8 @@ def split_terms(value: Any, counts: Counter[str]) -> list[str]:
             counts["value cut off in the source"] += 1
         elif len(term) > PROSE_CHARACTERS:
             counts["value too long for a term"] += 1
+        elif term.endswith(("？", "?")):
+            counts["question in place of a value"] += 1
         elif term:
             terms.append(term)
     return list(dict.fromkeys(terms))
@@ -334,8 +341,8 @@ def _read_table_row(fields: dict[str, Any], name: str, builder: GraphBuilder) ->
     kind = "药品" if drug else "疾病"
     aliases = [term for key in ALIASES for term in split_terms(fields.get(key), builder.counts)]
     entity_name = clean_cell(fields[name])
-    if not entity_name:
-        builder.counts["row without a name"] += 1
+    if not entity_name or entity_name.endswith(("...", "…")):
+        builder.counts["row without a whole name"] += 1
         return
     head = builder.entity(entity_name, kind, aliases)
     for key, value in fields.items():
@@ -352,9 +359,15 @@ def _add_values(head: str, relation: str, value: Any, builder: GraphBuilder) -> 
         for term in split_terms(value, builder.counts):
             if relation == "symptom" and is_person(term):
                 builder.counts["name of a person among the symptoms"] += 1
+            elif relation == "department" and NO_DEPARTMENT.search(term):
+                builder.counts["no department, but an age or time"] += 1
             else:
                 builder.fact(head, relation, term)
     elif text := clean_cell(value):
+        if relation in SINGLE and (head, relation) in builder.told:
+            builder.counts["second value where one is expected"] += 1
+            return
+        builder.told.add((head, relation))
         builder.fact(head, relation, text)
 
 
@@ -371,8 +384,8 @@ def _read_leaflet(text: str, where: str, builder: GraphBuilder) -> None:
     head = builder.entity(first.strip(), "药品", aliases)
     for label, value in values.items():
         known = RELATION_OF.get(label)
-        if known and (value := clean_cell(value)):
-            builder.fact(head, known, value)
+        if known:
+            _add_values(head, known, value, builder)
         elif known is None and label not in (*IGNORED_FIELDS, *ALIASES):
             builder.counts["text under an unknown label, left aside"] += 1
 

@@ -6,12 +6,14 @@ Each reader gives canonical rows (suwen/formats.py) with `where`, `recipe` and `
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from suwen.formats import QUESTIONS, TURN_LISTS, BadRow, canonical_rows
+from suwen.knowledge_graph import clean_cell
 from suwen.phrasings import EXAM_PROMPTS
 from suwen.readers import Refusal, Source, detect_encoding, file_kind, read_records
 from suwen.synthesis import rng_of, turns
@@ -76,7 +78,7 @@ def exam_messages(value: dict[str, Any], where: str) -> list[dict[str, str]]:
         raise BadRow("row without an answer", f"answer {fields['answer']!r} among options {''.join(sorted(letters))!r}")
     prompt = rng_of("exam prompt", where).choice(EXAM_PROMPTS)
     prompt = prompt.replace("{q}", str(fields["question"]).strip()).replace("{o}", str(options).strip())
-    explanation = str(fields.get("explanation") or "").strip()
+    explanation = clean_cell(fields.get("explanation")).replace("\\n", "\n")
     return turns(prompt, f"答案：{answer}" + (f"\n解析：{explanation}" if explanation else ""))
 
 
@@ -86,9 +88,11 @@ def as_text(row: Row) -> Row:
     if len(row["messages"]) > 3:
         speakers = {"system": "", "user": "患者：", "assistant": "医生："}
     text = "\n".join(speakers[message["role"]] + message["content"] for message in row["messages"])
+    text = text.replace("答：答案：", "答案：")
     return {**{key: value for key, value in row.items() if key != "messages"}, "text": text}
 
 
+DIAGNOSIS = re.compile(r"(?:炎|感染|感冒|病|综合征|不良|哮喘|贫血|过敏)$")
 RECORD_PROMPTS = (
     "请根据下面的医患对话写一份病历摘要。\n\n{d}",
     "{d}\n\n请把以上对话整理成病历，写明现有症状和已否认的症状。",
@@ -115,13 +119,17 @@ def record_rows(source: Source, refuse: Refuse) -> Iterator[Row]:
             labels = zip(turn.get("normalized") or (), turn.get("type") or (), strict=False)
             for symptom, state in labels:
                 states.setdefault(symptom, set()).add(str(state))
-        present = [symptom for symptom, found in states.items() if "1" in found]
+        states.pop("退热", None)  # what a drug does, not what a patient has
+        known = [symptom for symptom, found in states.items() if "1" in found]
+        present = [symptom for symptom in known if not DIAGNOSIS.search(symptom)]
+        diagnoses = [symptom for symptom in known if DIAGNOSIS.search(symptom)]
         denied = [symptom for symptom, found in states.items() if found == {"2"}]
         if len(present) < 2:
             refuse(where, "dialogue without enough labelled symptoms", None)
             continue
         record = f"主诉：{'、'.join(present[:3])}。\n现病史：患者有{'、'.join(present)}。"
         record += f"否认{'、'.join(denied)}。" if denied else ""
+        record += f"\n对话中提到的诊断：{'、'.join(diagnoses)}。" if diagnoses else ""
         prompt = rng_of("record", where).choice(RECORD_PROMPTS).replace("{d}", "\n".join(lines))
         yield {"messages": turns(prompt, record), "where": where, "recipe": "medical record", "facts": []}
 

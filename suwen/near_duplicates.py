@@ -144,9 +144,9 @@ class TestItems:
         last = np.searchsorted(self.hashes, hashes, side="right")
         hits = np.flatnonzero(last > first)
         for number in np.unique(np.searchsorted(offsets, hits, side="right") - 1):
-            inside = hits[np.searchsorted(hits, offsets[number]) : np.searchsorted(hits, offsets[number + 1])]
-            ranges = np.unique(np.stack([first[inside], last[inside]]), axis=1)  # an n-gram said twice counts once
-            owners = np.concatenate([self.owners[start:end] for start, end in ranges.T])
+            inside: np.ndarray = hits[np.searchsorted(hits, offsets[number]) : np.searchsorted(hits, offsets[number + 1])]
+            ranges = set(zip(first[inside].tolist(), last[inside].tolist(), strict=True))  # said twice counts once
+            owners = np.concatenate([self.owners[start:end] for start, end in ranges])
             held, counts = np.unique(owners, return_counts=True)
             found[number] = (counts / self.sizes[held]).max()
         return found

@@ -11,6 +11,7 @@ Why so many: a fact met in one wording can be recited but not retrieved; several
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -620,6 +621,7 @@ UNSAFE_DRUG = (
 )
 
 
+@lru_cache(maxsize=1024)
 def phrasings_of(relation: str, prose: bool = False) -> Phrasings:
     """The wordings of a relation, with {n} filled in; `prose` for values that are whole sentences."""
     found = PROSE if prose else PHRASINGS.get(relation, GENERIC)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from suwen.knowledge_graph import Entity, Graph, Item
+from suwen.knowledge_graph import SINGLE, Entity, Graph, Item
 from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, TITLES, Phrasings, phrasings_of
 
 Row = dict[str, Any]
@@ -326,6 +326,11 @@ def replay_rows(entity: str, source: Source) -> Iterator[Row]:
 PROSE_OPTION = 25  # a longer value is no option
 
 
+def has_options(item: Item) -> bool:
+    """Whether a question on the item can have options: short terms, of a relation whose values exclude one another."""
+    return not item.prose and item.relation not in SINGLE and all(len(value) <= PROSE_OPTION for value in item.values)
+
+
 @dataclass(frozen=True)
 class Exam:
     """A question in CMExam's form."""
@@ -344,7 +349,7 @@ def exam_question(
 
     None where the graph has too few plausible wrong values, or the values are prose.
     """
-    if item.prose or not stems or any(len(value) > PROSE_OPTION for value in item.values):
+    if not stems or not has_options(item):
         return None
     most = min(len(item.values), 3)
     rights = rng.sample(item.values, rng.randint(1, most) if rng.random() < 0.25 else 1)

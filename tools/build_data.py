@@ -54,6 +54,7 @@ class BuildArguments:
     shuffle: bool = flag(True, "facts of an article in a new order each time")
     questions: int = flag(6, "questions for each relation of an entity")
     pairs: int = flag(2, "preference pairs for each relation of an entity")
+    evaluation: int = flag(300, "entities of each group that evaluation items are made of, at most; the corpus has all")
     reading: float = flag(0.2, "share of reading examples, in pretraining and SFT")
     replay: float = flag(0.1, "share of pretraining text replayed in SFT")
     answers: Literal["sentence", "value"] = flag("sentence", "answers as sentences, or the bare values")
@@ -107,7 +108,9 @@ def parse_pairs(text: str, name: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def generated_rows(entities: list[str], source: Any, recipes: str) -> list[tuple[str, dict[str, Any]]]:
+def generated_rows(
+    entities: list[str], source: Any, recipes: str, evaluated: set[str]
+) -> list[tuple[str, dict[str, Any]]]:
     """(stage, row) for some entities; runs in a worker."""
     from suwen import fact_items, pairs, synthesis
 
@@ -133,9 +136,22 @@ def generated_rows(entities: list[str], source: Any, recipes: str) -> list[tuple
         group = source.groups[entity]
         for name in recipes.split():
             stage = stages.get(name, "evaluation")
-            if stage == "evaluation" or group == "A" or (group == "B" and stage == "pretrain"):
+            if stage == "evaluation":
+                wanted = name == "corpus" or entity in evaluated
+            else:
+                wanted = group == "A" or (group == "B" and stage == "pretrain")
+            if wanted:
                 rows += [(stage, row) for row in makers[name](entity, source)]
     return rows
+
+
+def evaluated_entities(source: Any, most: int) -> set[str]:
+    """A seeded choice of at most `most` entities of each group."""
+    from suwen.synthesis import rng_of
+
+    heads = sorted(source.items, key=lambda head: rng_of(source.rules.seed, "evaluated", head).random())
+    groups = {group: [head for head in heads if source.groups[head] == group] for group in "ABC"}
+    return {head for members in groups.values() for head in members[:most]}
 
 
 def write_generated(build: Build, source: Any, reading: Any, args: BuildArguments, recipe: str) -> None:
@@ -151,11 +167,12 @@ def write_generated(build: Build, source: Any, reading: Any, args: BuildArgument
         "qizhen": f"question dialogue {evaluation}",
     }.get(recipe, f"pretrain question dialogue exam preference {evaluation}")
     heads = list(source.items)
+    evaluated = evaluated_entities(source, args.evaluation)
     chunks = [heads[at : at + 50] for at in range(0, len(heads), 50)]
     num_proc = min(args.num_proc or available_cores(), len(chunks))
     counts: Counter[str] = Counter()
     with tqdm(total=len(heads), desc="synthesis", unit=" entities", disable=None, leave=False) as bar:
-        for rows in map_in_order(generated_rows, chunks, num_proc, source, recipes):
+        for rows in map_in_order(generated_rows, chunks, num_proc, source, recipes, evaluated):
             for stage, row in rows:
                 counts[stage] += 1
                 build.write(stage, [row])
@@ -165,7 +182,8 @@ def write_generated(build: Build, source: Any, reading: Any, args: BuildArgument
             rows = list(synthesis.reverse_rows(relation, value, source))
             counts["sft"] += len(rows)
             build.write("sft", rows)
-            build.write("evaluation", fact_items.reverse_items(relation, value, source))
+            if evaluated.issuperset(source.heads[relation, value]):
+                build.write("evaluation", fact_items.reverse_items(relation, value, source))
 
     def share(of: int, part: float) -> int:
         return round(of * part / (1 - part)) if part else 0
