@@ -290,7 +290,7 @@ def clean_rows(
     report: CleaningReport,
     num_proc: int = 1,
     test_items: TestItems | None = None,
-    on_drop: Callable[[str, str], None] = lambda reason, where: None,
+    on_drop: Callable[[str, str], None] = lambda where, reason: None,
 ) -> Iterator[Row]:
     """Stream the rows that are worth training on, in their order, the first of each cluster of near-duplicates.
 
@@ -299,12 +299,12 @@ def clean_rows(
         report: filled as rows go by; complete when the stream has ended.
         num_proc: worker processes; their number does not change the result.
         test_items: rows that hold one of these are dropped.
-        on_drop: called with (reason, where) for every row dropped.
+        on_drop: called with (where, reason) for every row dropped.
     """
 
     def drop(reason: str, where: str) -> None:
         report.dropped[reason] += 1
-        on_drop(reason, where)
+        on_drop(where, reason)
 
     hashes, rows_of_signatures = [], []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from suwen.cleaning import CleaningReport
-from suwen.mixing import RowFile
+from suwen.composition import RowFile
 from suwen.readers import Source, hash_file
 
 LICENCE_FILES = ("LICENSE", "LICENCE", "LICENSE.txt", "LICENSE.md")

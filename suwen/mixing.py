@@ -5,15 +5,13 @@ Each reader gives canonical rows (suwen/formats.py) with `where`, `recipe` and `
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from suwen.formats import QUESTIONS, TURN_LISTS, BadRow, canonical_rows
-from suwen.knowledge_graph import clean_cell
+from suwen.graph_readers import clean_cell
 from suwen.phrasings import EXAM_PROMPTS
 from suwen.readers import Refusal, Source, detect_encoding, file_kind, read_records
 from suwen.synthesis import rng_of, turns
@@ -154,53 +152,3 @@ def test_questions(sources: Iterable[Source], refuse: Refuse) -> list[str]:
 
 
 test_questions.__test__ = False  # type: ignore[attr-defined] # not a test, whatever pytest thinks of its name
-
-
-class RowFile:
-    """A .jsonl of rows that counts what it holds."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows, self.characters = path, 0, 0
-        self.lengths: list[int] = []
-        self.recipes: Counter[str] = Counter()
-        self.groups: Counter[str] = Counter()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = open(path, "w", encoding="utf-8", newline="\n")
-
-    def write(self, row: Row) -> None:
-        times = row.get("times", 1)
-        line = json.dumps({k: v for k, v in row.items() if k not in ("where", "times")}, ensure_ascii=False)
-        self.stream.write((line + "\n") * times)
-        self.rows += times
-        length = sum(map(len, strings_of(row)))
-        self.characters += times * length
-        self.lengths += [length] * times
-        self.recipes[row.get("recipe", "")] += times
-        self.groups[row.get("group", "")] += times
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-CONTENT_KEYS = (
-    "text",
-    "messages",
-    "prompt",
-    "chosen",
-    "rejected",
-    "question",
-    "content",
-    "Question",
-    "Options",
-    "Explanation",
-)
-
-
-def strings_of(row: Row) -> Iterator[str]:
-    """The texts of a row as written, whatever its schema."""
-    for key in CONTENT_KEYS:
-        value = row.get(key)
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (part["content"] for part in value if isinstance(part, dict) and "content" in part)

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -140,11 +141,12 @@ class TestItems:
         if not len(self.hashes):
             return found
         hashes, offsets = hash_ngrams(texts, self.ngram)
-        first = np.searchsorted(self.hashes, hashes, side="left")
-        last = np.searchsorted(self.hashes, hashes, side="right")
+        first: Any = np.searchsorted(self.hashes, hashes, side="left")
+        last: Any = np.searchsorted(self.hashes, hashes, side="right")
         hits = np.flatnonzero(last > first)
-        for number in np.unique(np.searchsorted(offsets, hits, side="right") - 1):
-            inside: np.ndarray = hits[np.searchsorted(hits, offsets[number]) : np.searchsorted(hits, offsets[number + 1])]
+        texts_hit: Any = np.searchsorted(offsets, hits, side="right") - 1
+        for number in np.unique(texts_hit):
+            inside = hits[texts_hit == number]
             ranges = set(zip(first[inside].tolist(), last[inside].tolist(), strict=True))  # said twice counts once
             owners = np.concatenate([self.owners[start:end] for start, end in ranges])
             held, counts = np.unique(owners, return_counts=True)

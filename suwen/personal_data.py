@@ -57,7 +57,11 @@ PATIENT = re.compile(
 )
 # What stands behind a label and its colon
 VALUES = (
-    ("name", re.compile(r"(?:姓\s*名|联系人|签\s*名|签字|(?:主治|主管|经治|接诊|主任)医[师生])\s*$"), re.compile(rf"{NAME}(?![\u4e00-\u9fff])")),
+    (
+        "name",
+        re.compile(r"(?:姓\s*名|联系人|签\s*名|签字|(?:主治|主管|经治|接诊|主任)医[师生])\s*$"),
+        re.compile(rf"{NAME}(?![\u4e00-\u9fff])"),
+    ),
     ("address", re.compile(r"(?:住址|联系地址|家庭地址)\s*$"), re.compile(r"[^\s，,。；;]{4,40}")),
     (
         "birth_date",

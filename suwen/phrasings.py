@@ -34,28 +34,30 @@ class Relation:
     head: str  # 疾病 or 药品
     tail: str  # type of the value
     name: str
+    terms: bool = False  # a cell of a table is a list of terms, not one text
     clauses: bool = False  # values may be clauses ("每日1次，餐后服用"), which its wordings allow for
+    single: bool = False  # one value each, in so many words that two of them seldom exclude each other
 
 
 RELATIONS = {  # by their key in our files
     "definition": Relation("疾病", "描述", "概述"),
-    "department": Relation("疾病", "科室", "就诊科室"),
-    "symptom": Relation("疾病", "症状", "症状"),
+    "department": Relation("疾病", "科室", "就诊科室", terms=True),
+    "symptom": Relation("疾病", "症状", "症状", terms=True),
     "cause": Relation("疾病", "病因", "病因"),
-    "examination": Relation("疾病", "检查", "检查项目"),
-    "treatment": Relation("疾病", "治疗", "治疗方法"),
-    "surgery": Relation("疾病", "手术", "手术方式"),
-    "drug": Relation("疾病", "药品", "常用药物"),
-    "complication": Relation("疾病", "疾病", "并发症"),
+    "examination": Relation("疾病", "检查", "检查项目", terms=True),
+    "treatment": Relation("疾病", "治疗", "治疗方法", terms=True),
+    "surgery": Relation("疾病", "手术", "手术方式", terms=True),
+    "drug": Relation("疾病", "药品", "常用药物", terms=True),
+    "complication": Relation("疾病", "疾病", "并发症", terms=True),
     "prevention": Relation("疾病", "描述", "预防措施"),
-    "food": Relation("疾病", "食物", "适宜饮食"),
-    "food_to_avoid": Relation("疾病", "食物", "饮食禁忌"),
-    "population": Relation("疾病", "人群", "易感人群"),
-    "transmission": Relation("疾病", "描述", "传染性"),
-    "prognosis": Relation("疾病", "描述", "治愈情况"),
-    "course": Relation("疾病", "描述", "治疗周期"),
-    "site": Relation("疾病", "部位", "发病部位"),
-    "drug_class": Relation("药品", "药物类别", "药物类别"),
+    "food": Relation("疾病", "食物", "适宜饮食", terms=True),
+    "food_to_avoid": Relation("疾病", "食物", "饮食禁忌", terms=True),
+    "population": Relation("疾病", "人群", "易感人群", single=True),
+    "transmission": Relation("疾病", "描述", "传染性", single=True),
+    "prognosis": Relation("疾病", "描述", "治愈情况", single=True),
+    "course": Relation("疾病", "描述", "治疗周期", single=True),
+    "site": Relation("疾病", "部位", "发病部位", terms=True),
+    "drug_class": Relation("药品", "药物类别", "药物类别", terms=True),
     "indication": Relation("药品", "疾病", "适应证"),
     "contraindication": Relation("药品", "禁忌", "禁忌证"),
     "adverse_reaction": Relation("药品", "不良反应", "不良反应"),

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from suwen.knowledge_graph import SINGLE, Entity, Graph, Item
-from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, TITLES, Phrasings, phrasings_of
+from suwen.knowledge_graph import Entity, Graph, Item
+from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
 
 Row = dict[str, Any]
 LETTERS = "ABCDE"
@@ -328,7 +328,9 @@ PROSE_OPTION = 25  # a longer value is no option
 
 def has_options(item: Item) -> bool:
     """Whether a question on the item can have options: short terms, of a relation whose values exclude one another."""
-    return not item.prose and item.relation not in SINGLE and all(len(value) <= PROSE_OPTION for value in item.values)
+    known = RELATIONS.get(item.relation)
+    vague = item.prose or (known is not None and known.single)
+    return not vague and all(len(value) <= PROSE_OPTION for value in item.values)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def characters(length: int, seed: int) -> str:
 def run(rows, **rules):
     report = CleaningReport()
     dropped = []
-    kept = list(clean_rows(rows, CleaningRules(**rules), report, 1, None, lambda *drop: dropped.append(drop)))
+    kept = list(
+        clean_rows(rows, CleaningRules(**rules), report, 1, None, lambda where, reason: dropped.append((reason, where)))
+    )
     return kept, report, dropped
 
 
@@ -64,7 +66,7 @@ def test_normalising_twice_changes_nothing():
 
 
 def test_boilerplate_lines_go_and_are_counted():
-    text = "首页\n您现在所在位置：首页>政策\n一、概述\n发热是常见症状。\n- 12 -\n第3页 共20页\n1.前言......................4"
+    text = "首页\n您现在所在位置：首页>政策\n一、概述\n发热是常见症状。\n- 12 -\n第3页 共20页\n1.前言........4"
     assert drop_boilerplate(text) == ("一、概述\n发热是常见症状。", 5)
     assert drop_boilerplate("心电图 胸片 [详细]") == ("心电图 胸片", 1)
 
@@ -132,7 +134,9 @@ def test_clusters_hold_what_is_alike_and_the_first_stands_for_all():
 
 
 def test_a_test_item_is_found_inside_a_longer_text_and_turns_of_phrase_are_not():
-    items = [characters(40, seed) for seed in range(5)] + ["下列关于高血压的叙述中，正确的是哪一项呢" + c for c in "甲乙丙丁"]
+    items = [characters(40, seed) for seed in range(5)] + [
+        "下列关于高血压的叙述中，正确的是哪一项呢" + c for c in "甲乙丙丁"
+    ]
     tests = TestItems(items)
     texts = [characters(50, 50) + items[2] + characters(50, 51), characters(100, 52), items[0][:26], "太短"]
     found = tests.overlaps([normal_form(text) for text in texts])
@@ -174,7 +178,10 @@ def test_personal_data_is_found_by_kind(text, kinds):
 def test_masked_text_holds_no_personal_data_and_masking_again_changes_nothing():
     text = "姓名：王小明，电话：138 1234 5678，身份证 11010519491231002X，邮箱a.b@c.cn。"
     masked = mask_personal_data(text)
-    assert masked == f"姓名：{MASKS['name']}，电话：{MASKS['phone']}，身份证 {MASKS['resident_id']}，邮箱{MASKS['email']}。"
+    assert (
+        masked
+        == f"姓名：{MASKS['name']}，电话：{MASKS['phone']}，身份证 {MASKS['resident_id']}，邮箱{MASKS['email']}。"
+    )
     assert not find_personal_data(masked) and mask_personal_data(masked) == masked
 
 

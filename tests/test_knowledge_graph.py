@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from suwen.fictional import PARTS, assign_groups, fictional_graph
-from suwen.knowledge_graph import Entity, Fact, Graph, Item, check_graph, is_person, load_graph
+from suwen.graph_readers import is_person, load_graph
+from suwen.knowledge_graph import Entity, Fact, Graph, Item, check_graph
 
 KG = sorted((Path(__file__).parents[1] / "data" / "kg").glob("*.csv"))
 
@@ -98,7 +99,11 @@ def triples(graph: Graph) -> list[tuple[str, str, str]]:
     [
         ("t.csv", "head,relation,tail\n胃炎,症状,上腹痛\n胃炎,就诊科室,消化内科\n"),
         ("t.tsv", "subject\tpredicate\tobject\n胃炎\tsymptom\t上腹痛\n胃炎\tdepartment\t消化内科\n"),
-        ("t.jsonl", '{"头实体": "胃炎", "关系": "临床表现", "尾实体": "上腹痛"}\n{"头实体": "胃炎", "关系": "科室", "尾实体": "消化内科"}\n'),
+        (
+            "t.jsonl",
+            '{"头实体": "胃炎", "关系": "临床表现", "尾实体": "上腹痛"}\n'
+            '{"头实体": "胃炎", "关系": "科室", "尾实体": "消化内科"}\n',
+        ),
         ("t.csv", "name,symptom,department\n胃炎,上腹痛 [详细],消化内科\n"),
         ("t.json", '[{"_id": {"$oid": "1"}, "name": "胃炎", "symptom": ["上腹痛"], "cure_department": ["消化内科"]}]'),
     ],
@@ -111,7 +116,9 @@ def test_one_graph_in_five_forms(tmp_path, name, text):
 
 def test_nodes_and_edges_are_joined_whatever_their_order(tmp_path):
     (tmp_path / "a_edges.csv").write_text("source,type,target\nd1,symptom,s1\n", "utf-8")
-    (tmp_path / "b_nodes.csv").write_text("id,name,type,aliases\nd1,胃炎,disease,胃病、胃发炎\ns1,上腹痛,症状,\n", "utf-8")
+    (tmp_path / "b_nodes.csv").write_text(
+        "id,name,type,aliases\nd1,胃炎,disease,胃病、胃发炎\ns1,上腹痛,症状,\n", "utf-8"
+    )
     graph, _ = load_graph([tmp_path / "a_edges.csv", tmp_path / "b_nodes.csv"])
     assert graph.facts[0].head == "d1" and graph.facts[0].tail == "s1" and graph.facts[0].value == "上腹痛"
     assert graph.entities["d1"] == Entity("d1", "胃炎", "疾病", ("胃病", "胃发炎"))
@@ -120,7 +127,8 @@ def test_nodes_and_edges_are_joined_whatever_their_order(tmp_path):
 def test_a_gb18030_disease_table_with_the_faults_of_the_public_one(tmp_path):
     text = (
         "name,alias,department,symptom,drug,age,,\n"
-        '胃炎,"胃病,胃发炎",消化内科 岁为发病高峰,上腹痛 张永强 反酸 [详细],药甲片 枸橼酸西地那非... 应该如何用药？,成人，老人,,\n'
+        '胃炎,"胃病,胃发炎",消化内科 岁为发病高峰,上腹痛 张永强 反酸 [详细],'
+        "药甲片 枸橼酸西地那非... 应该如何用药？,成人，老人,,\n"
         "胃炎,,消化内科,反酸,暂无相关资料,儿童,,\n"
         "淀粉样变病和...,,内科,,,,,\n"
     )
@@ -146,7 +154,8 @@ def test_a_gb18030_disease_table_with_the_faults_of_the_public_one(tmp_path):
 
 
 def test_leaflets_as_text_and_as_html_fields(tmp_path):
-    text = "药甲\n药品类型:抗感染药物，抗生素\n别名:甲素；Jia\n适应证:用于肺炎。\n禁忌证:(尚不明确)\n【用法用量】口服，每日3次。\n"
+    text = "药甲\n药品类型:抗感染药物，抗生素\n别名:甲素；Jia\n适应证:用于肺炎。\n禁忌证:(尚不明确)\n"
+    text += "【用法用量】口服，每日3次。\n"
     graph, _ = read(tmp_path, "a.json", '["' + text.replace("\n", "\\n") + '"]')
     assert triples(graph) == [
         ("药甲", "drug_class", "抗感染药物"),

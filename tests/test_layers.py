@@ -23,10 +23,11 @@ LAYERS = [
         "sampling",
     },
     {"embedded", "encoding", "knowledge_graph", "packing", "trainers"},
-    {"models", "parallel", "prompts", "rows", "scoring", "generation", "fictional", "synthesis"},
+    {"fictional", "generation", "graph_readers", "models", "parallel", "prompts", "rows", "scoring", "synthesis"},
     {"adapters", "cleaning", "data", "mixing", "pairs"},
-    {"data_card", "fact_items", "merging"},
-    {"serving", "stage"},
+    {"fact_items", "merging"},
+    {"composition", "serving", "stage"},
+    {"data_card"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((ROOT / "suwen").glob("*.py")) + [ROOT / "template.py"]

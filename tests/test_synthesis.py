@@ -25,7 +25,8 @@ from suwen.fact_items import (
 )
 from suwen.fictional import assign_groups, fictional_graph
 from suwen.formats import BadRow
-from suwen.knowledge_graph import Entity, Fact, Graph, load_graph
+from suwen.graph_readers import load_graph
+from suwen.knowledge_graph import Entity, Fact, Graph
 from suwen.mixing import as_text, exam_messages, record_rows
 from suwen.near_duplicates import normal_form
 from suwen.pairs import MARGINS, own_answer_rows, pair_rows, reading_pair_rows, scored_rows
@@ -134,7 +135,9 @@ def test_an_article_tells_every_fact_once_and_each_pass_words_it_anew(fictional)
     for item in fictional.items[head]:
         frames = {next(w for w in wordings_of(item).statements if fill(w, item) in row["text"]) for row in rows}
         assert len(frames) == len(rows), "eight passes, eight wordings"
-    orders = {tuple(sorted(range(4), key=lambda n: row["text"].index(fictional.items[head][n].values[0]))) for row in rows}
+    orders = {
+        tuple(sorted(range(4), key=lambda n: row["text"].index(fictional.items[head][n].values[0]))) for row in rows
+    }
     assert len(orders) > 1, "facts come in shuffled order"
 
 
@@ -214,7 +217,10 @@ def test_reading_examples_hold_their_answer_in_one_passage(reading):
         (fact,) = row["facts"]
         passages = re.findall(r"^\[\d\] (.*)$", prompt, re.MULTILINE)
         assert len(passages) == 3 and values[fact] in answer
-        assert sum(values[fact] in text and reading.graph.entities[fact.split(".")[0]].name in text for text in passages) == 1
+        assert (
+            sum(values[fact] in text and reading.graph.entities[fact.split(".")[0]].name in text for text in passages)
+            == 1
+        )
 
 
 def test_groups_keep_apart_and_no_wording_leaks(fictional, reading):
@@ -252,7 +258,13 @@ def test_planted_leaks_are_found(fictional):
 
 def test_evaluation_covers_every_fact_of_a_fictional_graph_and_names_its_group(fictional):
     facts = {fact.id for fact in fictional.graph.facts}
-    for maker, number in ((recall_items, 4), (choice_items, 2), (open_book_items, 4), (exam_items, 1), (corpus_rows, 1)):
+    for maker, number in (
+        (recall_items, 4),
+        (choice_items, 2),
+        (open_book_items, 4),
+        (exam_items, 1),
+        (corpus_rows, 1),
+    ):
         rows = [row for head in fictional.items for row in maker(head, fictional)]
         assert Counter(fact for row in rows for fact in row["facts"]) == dict.fromkeys(facts, number)
         assert len({row["id"] for row in rows}) == len(rows)
@@ -295,7 +307,9 @@ def test_pairs_differ_in_their_fault_alone(ours):
 
 def test_rejected_values_are_real_values_of_the_list(fictional, reading):
     """Random strings as rejected values taught a model to avoid real ones: recall fell while pair accuracy rose."""
-    rows = [row for head in heads(fictional, "A") for row in pair_rows(head, fictional) if row["fault"] == "wrong value"]
+    rows = [
+        row for head in heads(fictional, "A") for row in pair_rows(head, fictional) if row["fault"] == "wrong value"
+    ]
     known = set(itertools.chain(*fictional.values.values()))
     assert all(any(value in row["rejected"][0]["content"] for value in known) for row in rows)
     known = set(itertools.chain(*reading.values.values()))
@@ -390,16 +404,26 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(tmp_pat
 
 
 def test_own_files_are_mixed_in_cleaned_masked_and_freed_of_test_items(tmp_path):
-    (tmp_path / "g.csv").write_text("name,symptom,department\n甲型胃炎,上腹痛 反酸,消化内科\n乙型胃炎,腹胀 嗳气,消化内科\n", "utf-8")
+    (tmp_path / "g.csv").write_text(
+        "name,symptom,department\n甲型胃炎,上腹痛 反酸,消化内科\n乙型胃炎,腹胀 嗳气,消化内科\n", "utf-8"
+    )
     leak = "成人稳定型心绞痛患者首选的口服抗血小板药物应当是下列哪一种"
-    texts = ["<p>姓名：王小明，男，因反复上腹疼痛两个月到消化内科就诊。</p>", f"试题集锦：{leak}，请同学们认真复习。", "短"]
+    texts = [
+        "<p>姓名：王小明，男，因反复上腹疼痛两个月到消化内科就诊。</p>",
+        f"试题集锦：{leak}，请同学们认真复习。",
+        "短",
+    ]
     (tmp_path / "t.txt").write_text("\n".join(texts), "utf-8")
-    (tmp_path / "q.jsonl").write_text('{"question": "胃痛应该吃什么药比较好？", "answer": "先查明原因，不要自行用药。"}\n{"x": 1}\n', "utf-8")
-    (tmp_path / "e.csv").write_text(f"Question,Options,Answer\n{leak},\"A 甲\nB 乙\",A\n", "utf-8")
+    (tmp_path / "q.jsonl").write_text(
+        '{"question": "胃痛应该吃什么药比较好？", "answer": "先查明原因，不要自行用药。"}\n{"x": 1}\n', "utf-8"
+    )
+    (tmp_path / "e.csv").write_text(f'Question,Options,Answer\n{leak},"A 甲\nB 乙",A\n', "utf-8")
     output = tmp_path / "out"
     flags = {"graph": "g.csv", "text": "t.txt", "qa": "q.jsonl:2", "tests": "e.csv"}
     words = [word for name, file in flags.items() for word in (f"--{name}", str(tmp_path / file))]
-    result = build(*words, "--pii", "mask", "--output_dir", str(output), "--num_proc", "1", "--licences", f"{tmp_path}/t.txt=CC0")
+    result = build(
+        *words, "--pii", "mask", "--output_dir", str(output), "--num_proc", "1", "--licences", f"{tmp_path}/t.txt=CC0"
+    )
     assert result.returncode == 0, result.stderr
     text = [json.loads(line)["text"] for line in (output / "pretrain" / "text.jsonl").read_text("utf-8").splitlines()]
     assert text == ["姓名：[姓名]，男，因反复上腹疼痛两个月到消化内科就诊。"]
@@ -418,18 +442,25 @@ def test_own_files_are_mixed_in_cleaned_masked_and_freed_of_test_items(tmp_path)
     ("recipe", "files"),
     [
         ("chimed", {"pretrain/article", "pretrain/qa_text", "pretrain/text", "sft/general", "pretrain/reading"}),
-        ("qizhen", {"sft/question", "sft/qa", "sft/dialogue", "sft/general", "pretrain/text", "sft/reverse", "sft/reading"}),
+        (
+            "qizhen",
+            {"sft/question", "sft/qa", "sft/dialogue", "sft/general", "pretrain/text", "sft/reverse", "sft/reading"},
+        ),
     ],
 )
 def test_recipes_compose_the_stages_as_their_models_did(tmp_path, recipe, files):
     qa = tmp_path / "q.jsonl"
     qa.write_text('{"question": "胃痛应该吃什么药比较好？", "answer": "先查明原因，不要自行用药。"}\n', "utf-8")
     general = tmp_path / "n.jsonl"
-    general.write_text('{"instruction": "写一句祝福的话送给朋友。", "output": "祝你每天都有好心情，事事顺利。"}\n', "utf-8")
+    general.write_text(
+        '{"instruction": "写一句祝福的话送给朋友。", "output": "祝你每天都有好心情，事事顺利。"}\n', "utf-8"
+    )
     text = tmp_path / "t.txt"
     text.write_text("慢性胃炎是胃黏膜的慢性炎症，多与幽门螺杆菌感染有关。\n", "utf-8")
     words = ("--recipe", recipe, "--graph", str(ROOT / "data" / "kg"), "--qa", str(qa), "--general", str(general))
-    result = build(*words, "--text", str(text), "--output_dir", str(tmp_path / "out"), "--passes", "1", "--questions", "1")
+    result = build(
+        *words, "--text", str(text), "--output_dir", str(tmp_path / "out"), "--passes", "1", "--questions", "1"
+    )
     assert result.returncode == 0, result.stderr
     made = {str(f.relative_to(tmp_path / "out").with_suffix("")) for f in (tmp_path / "out").rglob("*.jsonl")}
     assert {name for name in made if name.split("/")[0] in ("pretrain", "sft", "preference")} == files
@@ -442,9 +473,9 @@ def test_recipes_compose_the_stages_as_their_models_did(tmp_path, recipe, files)
         (["--graph", "nowhere.csv"], "--graph: nowhere.csv not found"),
         (["--size", "0", "--recipe", "fictional"], "--size: found 0, expected 1 or more"),
         (["--reading", "1"], "--reading: found 1.0, expected a share from 0 to below 1"),
-        (["--groups", "A"], "--groups: found 'A', expected pairs such as A:0.4,B:0.4"),
-        (["--groups", "A:x"], "--groups: found 'A:x', expected shares such as A:0.4,B:0.4,C:0.2"),
-        (["--groups", "A:0.5"], "expected shares of A, B and C that sum to 1"),
+        (["--groups", "A"], "--groups: found 'A', expected shares of A, B and C"),
+        (["--groups", "A:x"], "--groups: found 'A:x', expected shares of A, B and C"),
+        (["--groups", "A:0.5"], "--groups: found 'A:0.5', expected shares of A, B and C that sum to 1"),
         (["--recipe", "fictional", "--graph", "x"], "--graph: the fictional recipe invents its graph"),
         (["--recipe", "chimed"], "no source given"),
     ],
@@ -463,9 +494,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_help_needs_no_library(tmp_path):
-    code = f"import sys; sys.argv = ['x', '--help']; exec(open({str(TOOL)!r}).read().replace('__file__', repr({str(TOOL)!r})))"
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+def test_help_needs_no_library():
+    code = "import runpy, sys; sys.argv = [sys.argv[1], '--help']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-S", "-c", code, str(TOOL)], capture_output=True, text=True)
     assert "--recipe" in result.stdout, result.stderr
 
 
@@ -473,6 +504,10 @@ def test_a_graph_of_one_entity_is_no_reason_to_fail():
     graph = Graph({"D1": Entity("D1", "胃炎", "疾病")}, [Fact("F1", "D1", "symptom", "上腹痛")])
     source = prepare(graph)
     assert len(list(article_rows("D1", source))) == 8 and len(list(question_rows("D1", source))) == 6
-    assert not list(exam_rows("D1", source)) and not list(choice_items("D1", source)) and not list(dialogue_rows("D1", source))
+    assert (
+        not list(exam_rows("D1", source))
+        and not list(choice_items("D1", source))
+        and not list(dialogue_rows("D1", source))
+    )
     assert list(reading_rows(source, 3, "text")) and not list(reading_pair_rows(source, 3))
     assert {row["fault"] for row in pair_rows("D1", source)} <= {"repetition", "unsafe advice"}
