@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from suwen.cleaning import CleaningReport
 from suwen.composition import RowFile
 from suwen.readers import Source, hash_file
 
+KNOWN_LICENCES = re.compile(r"Apache License,\s+Version 2\.0|MIT License|CC0|CC[ -]BY[-A-Z]*(?: \d\.\d)?|GPL-\d\.\d")
 LICENCE_FILES = ("LICENSE", "LICENCE", "LICENSE.txt", "LICENSE.md")
 
 
 def licence_of(path: Path) -> str:
-    """The first line of a licence file beside the data or one folder up; "not stated" where there is none."""
+    """What a licence file beside the data or one folder up names, or its first line; "not stated" without one."""
     folder = path if path.is_dir() else path.parent
     for name in (found for place in (folder, folder.parent) for found in (place / name for name in LICENCE_FILES)):
         if name.is_file():
-            lines = name.read_text("utf-8", "replace").split("\n")
-            return f"{next((line.strip() for line in lines if line.strip()), 'empty')} ({name.name})"
+            text = name.read_text("utf-8", "replace")
+            known = KNOWN_LICENCES.search(text)
+            first = next((line.strip() for line in text.split("\n") if line.strip()), "empty")
+            return f"{' '.join(known[0].split()) if known else first} ({name.name})"
     return "not stated"
 
 

@@ -19,6 +19,7 @@ from suwen.synthesis import (
     exam_question,
     fill,
     has_options,
+    may_be_asked_back,
     passage,
     rng_of,
     wordings_of,
@@ -42,7 +43,7 @@ def reverse_items(relation: str, value: str, source: Source) -> Iterator[Row]:
     """Held-out questions from a value to its entities, where these are few and all of one group."""
     heads = source.heads[relation, value]
     groups = {source.groups[head] for head in heads}
-    if len(groups) > 1 or len(heads) > source.rules.max_reverse or not 2 <= len(value) <= 20:
+    if len(groups) > 1 or not may_be_asked_back(relation, value, source):
         return
     names = [source.graph.entities[head].name for head in heads]
     facts = [fact for head in heads for item in source.items[head] if item.relation == relation for fact in item.facts]
@@ -50,7 +51,7 @@ def reverse_items(relation: str, value: str, source: Source) -> Iterator[Row]:
         yield {
             "id": f"{heads[0]}.{relation}.reverse.{number}",
             **{"question": wording.replace("{v}", value), "answers": names},
-            **{"relation": relation, "group": groups.copy().pop(), "recipe": "reverse recall", "facts": facts},
+            **{"relation": relation, "group": next(iter(groups)), "recipe": "reverse recall", "facts": facts},
         }
 
 

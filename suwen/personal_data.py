@@ -55,6 +55,7 @@ RECORD = re.compile(
 PATIENT = re.compile(
     rf"(?:患者|病人|患儿|家属)\s*[:：]?\s*(?P<name>{NAME})(?=\s*[，,、 ]\s*(?:男|女|\d{{1,3}}\s*[岁月天]))"
 )
+LABEL_ENDS = frozenset("名人字师生址期日 ")
 # What stands behind a label and its colon
 VALUES = (
     (
@@ -110,6 +111,8 @@ def _candidates(text: str) -> Iterator[Finding]:
             if kind != "name" or not NOT_NAMES.match(match[kind]):
                 yield Finding(kind, *match.span(kind))
     for colon in COLON.finditer(text):
+        if text[colon.start() - 1 : colon.start()] not in LABEL_ENDS:
+            continue
         label = text[max(0, colon.start() - 8) : colon.start()]
         for kind, before, after in VALUES:
             value = before.search(label) and after.match(text, colon.end())

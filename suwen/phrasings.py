@@ -24,7 +24,7 @@ class Phrasings:
     follow_ups: tuple[str, ...]  # later turns, where the entity is known
     reverse_questions: tuple[str, ...] = ()  # from one value to the entities
     held_out_reverse_questions: tuple[str, ...] = ()
-    reverse_answers: tuple[str, ...] = ("{e}。", "有{e}。", "资料中有{e}。")
+    reverse_answers: tuple[str, ...] = ("{e}。", "是{e}。", "资料中有{e}。")
     exam_stems: tuple[str, ...] = ()
     held_out_exam_stems: tuple[str, ...] = field(default=())
 
@@ -36,12 +36,13 @@ class Relation:
     name: str
     terms: bool = False  # a cell of a table is a list of terms, not one text
     clauses: bool = False  # values may be clauses ("每日1次，餐后服用"), which its wordings allow for
+    complete: bool = False  # a source that names some of the values names all: any other one is wrong
     single: bool = False  # one value each, in so many words that two of them seldom exclude each other
 
 
 RELATIONS = {  # by their key in our files
     "definition": Relation("疾病", "描述", "概述"),
-    "department": Relation("疾病", "科室", "就诊科室", terms=True),
+    "department": Relation("疾病", "科室", "就诊科室", terms=True, complete=True),
     "symptom": Relation("疾病", "症状", "症状", terms=True),
     "cause": Relation("疾病", "病因", "病因"),
     "examination": Relation("疾病", "检查", "检查项目", terms=True),
@@ -57,7 +58,7 @@ RELATIONS = {  # by their key in our files
     "prognosis": Relation("疾病", "描述", "治愈情况", single=True),
     "course": Relation("疾病", "描述", "治疗周期", single=True),
     "site": Relation("疾病", "部位", "发病部位", terms=True),
-    "drug_class": Relation("药品", "药物类别", "药物类别", terms=True),
+    "drug_class": Relation("药品", "药物类别", "药物类别", terms=True, complete=True),
     "indication": Relation("药品", "疾病", "适应证"),
     "contraindication": Relation("药品", "禁忌", "禁忌证"),
     "adverse_reaction": Relation("药品", "不良反应", "不良反应"),
@@ -247,7 +248,7 @@ PHRASINGS = {
             "{e}的诊断依据来自{v}。",
             "就诊时，{e}患者往往先做{v}。",
         ),
-        held_out_statements=("为了判断是否患有{e}，检查单上开的是{v}。", "能够证实{e}的检查是{v}。"),
+        held_out_statements=("为了判断是否患有{e}，检查单上开的是{v}。", "判断{e}时，医生参考的检查是{v}。"),
         questions=(
             "{e}需要做哪些检查？",
             "怎样确诊{e}？",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from suwen.knowledge_graph import Entity, Graph, Item
+from suwen.knowledge_graph import Entity, Graph, Item, is_prose
 from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
 
 Row = dict[str, Any]
@@ -69,11 +69,13 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
         source.heads.setdefault((fact.relation, fact.value), []).append(fact.head)
         source.rights.setdefault((fact.head, fact.relation), set()).add(fact.value)
     # Where entities have several values each, no graph has all of them: 恶心 may well be a reaction to a drug that is
-    # not said to cause it. What holds for many is therefore never offered as wrong. One-valued relations are complete.
-    for (relation, value), heads in source.heads.items():
-        items = source.others[relation]
-        if len(heads) > 3 and sum(len(item.values) for item in items) > 1.5 * len(items):
-            source.common.add((relation, value))
+    # not said to cause it. What holds for many is therefore never offered as wrong.
+    for relation, items in source.others.items():
+        known = RELATIONS.get(relation)
+        several = sum(len(item.values) for item in items) > 1.5 * len(items)
+        if several and not (known and known.complete):
+            values = source.values[relation]
+            source.common.update((relation, value) for value in values if len(source.heads[relation, value]) > 3)
     source.alike = _similar_names([graph.entities[head] for head in source.items])
     return source
 
@@ -273,13 +275,19 @@ def question_rows(entity: str, source: Source) -> Iterator[Row]:
             yield row_of("question", group, [item], messages=turns(fill(wording, item), answer_to(item, source, rng)))
 
 
+def may_be_asked_back(relation: str, value: str, source: Source) -> bool:
+    """Whether "which entities have this value?" is a fair question: a short term, and few enough answers."""
+    few = len(source.heads[relation, value]) <= source.rules.max_reverse
+    return few and 2 <= len(value) <= 20 and not is_prose(value, relation)
+
+
 def reverse_rows(relation: str, value: str, source: Source, group: str = "A") -> Iterator[Row]:
     """From a value back to its entities, where these are few and all of them in `group`."""
     wordings = phrasings_of(relation).reverse_questions
     heads = source.heads[relation, value]
-    if not wordings or len(heads) > source.rules.max_reverse or any(source.groups[head] != group for head in heads):
+    if not wordings or not may_be_asked_back(relation, value, source):
         return
-    if len(value) > 20 or len(value) < 2:
+    if any(source.groups[head] != group for head in heads):
         return
     rng = rng_of(source.rules.seed, "reverse", relation, value)
     names = join_values([source.graph.entities[head].name for head in heads])

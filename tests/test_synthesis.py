@@ -169,6 +169,15 @@ def test_reverse_questions_name_all_entities_or_are_not_asked(fictional):
     assert asked
 
 
+def test_sentences_are_not_asked_back():
+    facts = [Fact("F1", "M1", "indication", "用于咳嗽，痰多。"), Fact("F2", "M1", "indication", "肺炎")]
+    source = prepare(Graph({"M1": Entity("M1", "药甲", "药品")}, facts))
+    assert not list(reverse_rows("indication", "用于咳嗽，痰多。", source)) and not list(
+        reverse_items("indication", "用于咳嗽，痰多。", source)
+    )
+    assert list(reverse_rows("indication", "肺炎", source)) and list(reverse_items("indication", "肺炎", source))
+
+
 def test_later_turns_of_a_dialogue_do_not_name_the_entity(ours):
     for head in heads(ours, "A")[:40]:
         for row in dialogue_rows(head, ours):
