@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from suwen import readers
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
-from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, build_batches, encode_all
+from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, available_cores, build_batches, encode_all
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
 from suwen.tables import width
@@ -405,7 +405,7 @@ def _build(
             report.notes.append(f"the prompts of {seen:,} of {chosen.sum():,} validation rows are in training too")
 
     total = int((times > 0).sum() + held.sum() + chosen.sum())
-    num_proc = min(data.num_proc or _cores(), -(-total // BATCH_ROWS) or 1)
+    num_proc = min(data.num_proc or available_cores(), -(-total // BATCH_ROWS) or 1)
     sinks = {True: ArrowFile(folder / "train.arrow"), False: ArrowFile(folder / "validation.arrow")}
 
     def second_pass(sources: list[Source]) -> Iterator[dict[str, Any]]:
@@ -428,10 +428,6 @@ def _build(
     report.fingerprint = sinks[True].digest.hexdigest()
     report.seconds = time.monotonic() - began
     return report
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _names(files: tuple[Path, ...]) -> str:

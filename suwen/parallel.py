@@ -25,19 +25,6 @@ Encode = Callable[[Row], tuple[list[Row], Counter[str]]]
 Result = tuple[bytes | None, Counter[str], list[int]]
 Batch = tuple[bool, list[Row], list[int]]  # for training or for validation, rows, how often each
 
-_worker_encode: Encode | None = None
-
-
-def _start_worker(encode: Encode) -> None:
-    global _worker_encode
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
-    _worker_encode = encode
-
-
-def _encode_in_worker(rows: list[Row], times: list[int]) -> Result:
-    assert _worker_encode is not None
-    return _encode_batch(_worker_encode, rows, times)
-
 
 def _encode_batch(encode: Encode, rows: list[Row], times: list[int]) -> Result:
     """Encode rows, repeat them, and lay them out as an Arrow stream.
@@ -146,32 +133,62 @@ def encode_all(
     sinks: dict[bool, ArrowFile],
     dropped: Counter[str],
 ) -> None:
-    def take(training: bool, rows: int, result: Result) -> None:
-        stream, reasons, counts = result
-        dropped.update(reasons)
-        if stream is not None:
-            sinks[training].append(stream, counts)
-        bar.update(rows)
-
     with tqdm(total=total, desc="encoding", unit=" rows", disable=None, leave=False) as bar:
-        if num_proc == 1:
-            for training, rows, times in batches:
-                take(training, len(rows), _encode_batch(encode, rows, times))
-            return
-        # fork: the encoder needs no pickling and nothing is imported again; spawned where fork does not exist
-        method = "fork" if sys.platform == "linux" else "spawn"
-        context = multiprocessing.get_context(method)
-        pending: deque[tuple[bool, int, concurrent.futures.Future[Any]]] = deque()
-        executor = concurrent.futures.ProcessPoolExecutor(num_proc, context, _start_worker, (encode,))
-        try:
-            for training, rows, times in batches:
-                pending.append((training, len(rows), executor.submit(_encode_in_worker, rows, times)))
-                if len(pending) >= 4 * num_proc:  # no more than this waits in memory
-                    training, number, future = pending.popleft()
-                    take(training, number, future.result())
-            for training, number, future in pending:
-                take(training, number, future.result())
-        except BrokenProcessPool:
-            raise ValueError("a preprocessing worker was killed, by want of memory perhaps: lower --num_proc") from None
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+        for (training, rows), result in map_in_order(_encode_item, batches, num_proc, encode):
+            stream, reasons, counts = result
+            dropped.update(reasons)
+            if stream is not None:
+                sinks[training].append(stream, counts)
+            bar.update(rows)
+
+
+def _encode_item(batch: Batch, encode: Encode) -> tuple[tuple[bool, int], Result]:
+    training, rows, times = batch
+    return (training, len(rows)), _encode_batch(encode, rows, times)
+
+
+_work: tuple[Callable[..., Any], tuple[Any, ...]] | None = None  # of a worker process
+
+
+def _start_worker(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
+    _work = function, arguments
+
+
+def _run_in_worker(item: Any) -> Any:
+    assert _work is not None
+    function, arguments = _work
+    return function(item, *arguments)
+
+
+def map_in_order(function: Callable[..., Any], items: Iterable[Any], num_proc: int, *arguments: Any) -> Iterator[Any]:
+    """`function(item, *arguments)` of every item, in their order, in `num_proc` processes.
+
+    `arguments` reach each worker once, when it is forked; no more than 4 * num_proc items wait in memory.
+
+    Raises:
+        ValueError: of the function, or because a worker was killed.
+    """
+    if num_proc == 1:
+        yield from (function(item, *arguments) for item in items)
+        return
+    # fork: the arguments need no pickling and nothing is imported again; spawned where fork does not exist
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pending: deque[concurrent.futures.Future[Any]] = deque()
+    executor = concurrent.futures.ProcessPoolExecutor(num_proc, context, _start_worker, (function, arguments))
+    try:
+        for item in items:
+            pending.append(executor.submit(_run_in_worker, item))
+            if len(pending) >= 4 * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("a preprocessing worker was killed, by want of memory perhaps: lower --num_proc") from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

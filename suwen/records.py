@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 SECRETS = ("token", "password", "api_key", "secret")
 
@@ -30,6 +28,8 @@ def versions() -> dict[str, str]:
 
 def peak_memory_bytes() -> int:
     """Peak of this process: allocated GPU memory where there is a GPU, else resident memory."""
+    import torch  # here, so that what only writes JSON does not wait for it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024

@@ -21,7 +21,6 @@ from suwen.data import load_rows
 from suwen.embedded import sample_texts
 from suwen.evaluate import OWN_DATA
 from suwen.grams import hash_grams, to_codes, to_text
-from suwen.near_duplicates import choose_bands, gram_set, jaccard, near_duplicates, signatures
 
 REWORDED = (
     ("患者", "病人"), ("下列", "以下"), ("最常见", "最多见"), ("首选", "优先选择"), ("主要", "最主要的"),
@@ -170,37 +169,3 @@ def test_a_file_that_is_no_sketch_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="found no sketch"):
         load_sketch(tmp_path / "x")
-
-
-def test_signatures_estimate_similarity():
-    rng = np.random.default_rng(0)
-    shared, rest = (rng.integers(0, 2**63, size=n, dtype=np.uint64) for n in (600, 800))
-    first = np.unique(np.concatenate([shared, rest[:400]]))
-    second = np.unique(np.concatenate([shared, rest[400:]]))
-    agree = (signatures([first], 512) == signatures([second], 512)).mean()
-    assert agree == pytest.approx(jaccard(first, second), abs=0.06)  # 600 / 1400, three standard deviations
-
-
-def test_near_duplicates_are_those_of_comparing_all_pairs():
-    rng = random.Random(3)
-    texts = []
-    for base in ("".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(120)) for _ in range(30)):
-        texts.append(base)
-        texts += [base[:-k] + "改" * k for k in rng.choices([1, 3, 8, 40], k=rng.randrange(3))]
-    rng.shuffle(texts)
-    found = near_duplicates(texts, 0.8)
-    sets = [gram_set(text) for text in texts]
-    expected = list(range(len(texts)))
-    for j in range(len(texts)):
-        for i in range(j):
-            if jaccard(sets[i], sets[j]) >= 0.8:
-                low, high = sorted((expected[i], expected[j]))
-                expected = [low if x == high else x for x in expected]
-    assert found == expected and len(set(found)) < len(texts)
-    assert near_duplicates(["", "，", "高血压"]) == [0, 0, 2]
-
-
-def test_bands_find_nearly_all_pairs_at_the_threshold():
-    for threshold in (0.5, 0.7, 0.9):
-        rows = choose_bands(threshold)
-        assert 1 - (1 - threshold**rows) ** (128 // rows) >= 0.99

@@ -1,0 +1,295 @@
+"""Whole data sets: what each recipe makes of a graph and of other people's files, by stage.
+
+Everything is a stream of (stage, row); stages are pretrain, sft, preference and evaluation.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from suwen.data import load_rows
+from suwen.fact_items import choice_items, corpus_rows, exam_items, open_book_items, recall_items, reverse_items
+from suwen.formats import BadRow, canonical_rows
+from suwen.mixing import Refuse, as_text, read_rows, record_rows, records_of, weighted
+from suwen.pairs import pair_rows, reading_pair_rows, scored_rows
+from suwen.parallel import map_in_order
+from suwen.readers import Source as FileSource
+from suwen.synthesis import (
+    Row,
+    Source,
+    article_rows,
+    dialogue_rows,
+    exam_rows,
+    question_rows,
+    reading_rows,
+    replay_rows,
+    reverse_rows,
+    rng_of,
+)
+
+SCHEMAS = {"pretrain": "text", "sft": "conversation", "preference": "preference"}
+# What is made of a graph. ChiMed has its graphs in pretraining alone, QiZhen's records become instructions alone.
+PARTS = {
+    "graph": ("pretrain", "sft", "exams", "preference"),
+    "fictional": ("pretrain", "sft", "exams", "preference"),
+    "chimed": ("pretrain",),
+    "qizhen": ("sft",),
+}
+ENTITIES_AT_ONCE = 50
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of what goes into the mixture."""
+
+    reading: float = 0.2  # reading examples among the rows of each stage
+    replay: float = 0.1  # pretraining text among the rows of SFT
+    evaluated: int = 300  # entities of each group that evaluation items are made of; the corpus has all
+
+
+# --------------------------------------------------------------------------------------------------------------- graph
+
+
+def graph_rows(
+    source: Source, reading: Source, parts: tuple[str, ...], shares: Shares, num_proc: int = 1
+) -> Iterator[tuple[str, Row]]:
+    """Everything that is made of a graph; the number of processes does not change it.
+
+    Args:
+        reading: the graph of the reading examples: `source` itself, or a fictional one apart from it.
+        parts: of PARTS.
+    """
+    heads = list(source.items)
+    evaluated = _evaluated(source, shares.evaluated)
+    chunks = [heads[at : at + ENTITIES_AT_ONCE] for at in range(0, len(heads), ENTITIES_AT_ONCE)]
+    counts: Counter[str] = Counter()
+    with tqdm(total=len(heads), desc="synthesis", unit=" entities", disable=None, leave=False) as bar:
+        for chunk in map_in_order(_entity_rows, chunks, min(num_proc, len(chunks)), source, parts, evaluated):
+            counts.update(stage for stage, _ in chunk)
+            yield from chunk
+            bar.update(ENTITIES_AT_ONCE)
+    if "sft" in parts:
+        for relation, value in source.heads:
+            for row in reverse_rows(relation, value, source):
+                counts["sft"] += 1
+                yield "sft", row
+            if evaluated.issuperset(source.heads[relation, value]):
+                yield from (("evaluation", row) for row in reverse_items(relation, value, source))
+    number = {stage: _beside(counts[stage], shares.reading) for stage in SCHEMAS}
+    yield from (("pretrain", row) for row in reading_rows(reading, number["pretrain"], "text", "AB"))
+    yield from (("sft", row) for row in reading_rows(reading, number["sft"], "messages", "A"))
+    yield from (("preference", row) for row in reading_pair_rows(reading, number["preference"], "A"))
+    if shares.replay and {"pretrain", "sft"} <= set(parts):
+        trained = [head for head in heads if source.groups[head] in "AB"]
+        wanted = max(1, _beside(counts["sft"], shares.replay))
+        every = max(1, round(source.rules.passes * len(trained) / wanted))
+        replays = itertools.chain.from_iterable(replay_rows(head, source) for head in trained)
+        yield from (("sft", row) for row in itertools.islice(replays, 0, None, every))
+
+
+def _beside(count: int, share: float) -> int:
+    """How many rows make up `share` of a whole whose rest is `count`."""
+    return round(count * share / (1 - share))
+
+
+def _evaluated(source: Source, most: int) -> set[str]:
+    """A seeded choice of at most `most` entities of each group."""
+    heads = sorted(source.items, key=lambda head: rng_of(source.rules.seed, "evaluated", head).random())
+    groups = [[head for head in heads if source.groups[head] == group] for group in "ABC"]
+    return {head for members in groups for head in members[:most]}
+
+
+def _entity_rows(
+    entities: list[str], source: Source, parts: tuple[str, ...], evaluated: set[str]
+) -> list[tuple[str, Row]]:
+    """What is made of some entities; runs in a worker. A: everything, B: pretraining, C: the corpus alone."""
+    makers: list[tuple[str, str, str, Callable[[str, Source], Iterator[Row]]]] = [
+        ("pretrain", "pretrain", "AB", article_rows),
+        ("sft", "sft", "A", question_rows),
+        ("sft", "sft", "A", dialogue_rows),
+        ("exams", "sft", "A", exam_rows),
+        ("preference", "preference", "A", pair_rows),
+    ]
+    rows: list[tuple[str, Row]] = []
+    for entity in entities:
+        for part, stage, groups, make in makers:
+            if part in parts and source.groups[entity] in groups:
+                rows += [(stage, row) for row in make(entity, source)]
+        items = (recall_items, choice_items, open_book_items, exam_items) if entity in evaluated else ()
+        rows += [("evaluation", row) for make in (*items, corpus_rows) for row in make(entity, source)]
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def file_rows(recipe: str, sources: dict[str, list[FileSource]], refuse: Refuse, seed: int) -> dict[str, Iterator[Row]]:
+    """Rows of other people's files by stage, as the recipe composes them; not cleaned yet.
+
+    Args:
+        sources: by kind: text, qa, dialogues, general, exams, preference.
+        refuse: called for each row that cannot be used.
+    """
+
+    def rows(kind: str, name: str, schema: str = "conversation") -> Iterator[Row]:
+        for source in sources[kind]:
+            yield from weighted(read_rows(source, schema, name, refuse), source.weight, seed)
+
+    def texts(kind: str, name: str) -> Iterator[Row]:
+        return ({**as_text(row), "recipe": name} for row in rows(kind, name))
+
+    def records() -> Iterator[Row]:
+        for source in sources["dialogues"]:
+            yield from weighted(record_rows(source, refuse), source.weight, seed)
+
+    text = rows("text", "text", "text")
+    pretrain: Iterable[Row] = text
+    sft: tuple[Iterable[Row], ...] = (rows("dialogues", "recorded dialogue"), rows("general", "general"))
+    sft += (rows("exams", "exam"),)
+    if recipe == "chimed":
+        parts = (texts("qa", "qa text"), texts("exams", "exam text"), text, texts("dialogues", "dialogue text"))
+        pretrain = itertools.chain(*parts)
+    else:
+        sft = (rows("qa", "qa"), *sft)
+    if recipe == "qizhen":
+        sft += (records(),)
+    pairs = (row for source in sources["preference"] for row in _pairs(source, refuse, seed))
+    return {"pretrain": iter(pretrain), "sft": itertools.chain(*sft), "preference": pairs}
+
+
+def _pairs(source: FileSource, refuse: Refuse, seed: int) -> Iterator[Row]:
+    """Canonical pairs of a file of pairs or of scored answers."""
+    for row in scored_rows(records_of(source, refuse)):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            (pair,) = canonical_rows(row, "preference", {}, Counter())
+        except BadRow as error:
+            refuse(source.path if isinstance(row, BadRow) else row["where"], error.reason, str(error))
+            continue
+        named = {**pair, "where": row["where"], "recipe": row["recipe"], "facts": []}
+        yield from weighted([named], source.weight, seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- folder
+
+
+CONTENT_KEYS = (
+    "text",
+    "messages",
+    "prompt",
+    "chosen",
+    "rejected",
+    "question",
+    "content",
+    "Question",
+    "Options",
+    "Explanation",
+)
+
+
+def strings_of(row: Row) -> Iterator[str]:
+    """The texts of a row as written, whatever its schema."""
+    for key in CONTENT_KEYS:
+        value = row.get(key)
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            yield from (part["content"] for part in value if isinstance(part, dict) and "content" in part)
+
+
+class RowFile:
+    """A .jsonl of rows that counts what it holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows, self.characters = path, 0, 0
+        self.lengths: list[int] = []
+        self.recipes: Counter[str] = Counter()
+        self.groups: Counter[str] = Counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.stream = open(path, "w", encoding="utf-8", newline="\n")
+
+    def write(self, row: Row) -> None:
+        times = row.get("times", 1)
+        line = json.dumps({k: v for k, v in row.items() if k not in ("where", "times")}, ensure_ascii=False)
+        self.stream.write((line + "\n") * times)
+        self.rows += times
+        length = sum(map(len, strings_of(row)))
+        self.characters += times * length
+        self.lengths += [length] * times
+        self.recipes[row["recipe"]] += times
+        self.groups[row.get("group", "")] += times
+
+
+class DataFolder:
+    """A data set in the making: one file a stage and recipe, and what was left out, with its reason."""
+
+    def __init__(self, path: Path, on_bad_rows: str) -> None:
+        self.path, self.on_bad_rows = path, on_bad_rows
+        self.files: dict[str, RowFile] = {}
+        self.refused: Counter[str] = Counter()
+        self.dropped = open(path / "dropped_rows.jsonl", "w", encoding="utf-8", errors="backslashreplace")
+
+    def __enter__(self) -> DataFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in [self.dropped, *(file.stream for file in self.files.values())]:
+            stream.close()
+
+    def write(self, stage: str, row: Row) -> None:
+        name = f"{stage}/{row['recipe'].replace(' ', '_')}"
+        if name not in self.files:
+            self.files[name] = RowFile(self.path / f"{name}.jsonl")
+        self.files[name].write(row)
+
+    def refuse(self, where: str, reason: str, row: Any) -> None:
+        if self.on_bad_rows == "error":
+            raise ValueError(f"{where}: {reason}")
+        self.refused[reason] += 1
+        self.note("reading", where, reason, row)
+
+    def note(self, step: str, where: str, reason: str, row: Any = None) -> None:
+        values = {"step": step, "where": where, "reason": reason, "row": row}
+        self.dropped.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+
+
+def stored_rows(folder: Path, stage: str) -> Iterator[Row]:
+    """The rows of a stage as they were written."""
+    for file in sorted((folder / stage).glob("*.jsonl")):
+        with open(file, encoding="utf-8") as stream:
+            yield from map(json.loads, stream)
+
+
+def validate(folder: Path) -> None:
+    """Read everything back with the readers that training and retrieval use.
+
+    Raises:
+        ValueError: the first row that they refuse.
+    """
+    sources = [(str(folder / stage), schema) for stage, schema in SCHEMAS.items() if (folder / stage).is_dir()]
+    if (folder / "evaluation" / "passage.jsonl").is_file():
+        sources.append((str(folder / "evaluation" / "passage.jsonl"), "text"))
+    for path, schema in sources:
+        for _ in load_rows(path, schema):
+            pass
+
+
+def write_exam_table(folder: Path) -> None:
+    """The exam items once more as CMExam's CSV, with id and group behind its own columns."""
+    rows = [row for row in stored_rows(folder, "evaluation") if row["recipe"] == "exam"]
+    if rows:
+        with open(folder / "evaluation" / "exam.csv", "w", encoding="utf-8", newline="") as stream:
+            names = ("Question", "Options", "Answer", "Explanation", "id", "group")
+            writer = csv.DictWriter(stream, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,0 +1,176 @@
+"""Evaluation of what a graph's facts a model knows: recall, likelihood choice, open book and exam items; and leaks.
+
+All wordings are held out from training. Every item names its facts, group and relation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from suwen.cleaning import texts_of
+from suwen.near_duplicates import TestItems, normal_form
+from suwen.phrasings import phrasings_of
+from suwen.synthesis import (
+    LETTERS,
+    Row,
+    Source,
+    exam_question,
+    fill,
+    has_options,
+    may_be_asked_back,
+    passage,
+    rng_of,
+    wordings_of,
+    wrong_values,
+)
+
+MAX_OVERLAP = 0.6  # of an evaluation question's 13-grams in one training row
+WORDING_NGRAM = 8
+PLACEHOLDER = re.compile(r"\{[ev]\}")
+
+
+def recall_items(entity: str, source: Source) -> Iterator[Row]:
+    """Closed-book questions in held-out wordings: {"id", "question", "answers"}; right if every answer is named."""
+    for item in source.items[entity]:
+        if not item.prose:
+            for number, wording in enumerate(wordings_of(item).held_out_questions):
+                yield _item("recall", number, item, source, question=fill(wording, item), answers=list(item.values))
+
+
+def reverse_items(relation: str, value: str, source: Source) -> Iterator[Row]:
+    """Held-out questions from a value to its entities, where these are few and all of one group."""
+    heads = source.heads[relation, value]
+    groups = {source.groups[head] for head in heads}
+    if len(groups) > 1 or not may_be_asked_back(relation, value, source):
+        return
+    names = [source.graph.entities[head].name for head in heads]
+    facts = [fact for head in heads for item in source.items[head] if item.relation == relation for fact in item.facts]
+    for number, wording in enumerate(phrasings_of(relation).held_out_reverse_questions):
+        yield {
+            "id": f"{heads[0]}.{relation}.reverse.{number}",
+            **{"question": wording.replace("{v}", value), "answers": names},
+            **{"relation": relation, "group": next(iter(groups)), "recipe": "reverse recall", "facts": facts},
+        }
+
+
+def choice_items(entity: str, source: Source) -> Iterator[Row]:
+    """Four ways to end a held-out statement, for a model that has seen no questions; scored by likelihood.
+
+    In CMExam's form with a `Suffix`: the text scored is Question + option + Suffix. Chance is 25 %.
+    """
+    for item in source.items[entity]:
+        if not has_options(item):
+            continue
+        for number, wording in enumerate(wordings_of(item).held_out_statements):
+            rng = rng_of(source.rules.seed, "choice", entity, item.relation, number)
+            wrong = wrong_values(item, source, rng, 3)
+            if len(wrong) < 3:
+                continue
+            right = rng.choice(item.values)
+            options = [right, *wrong]
+            rng.shuffle(options)
+            stem, _, suffix = fill(wording, item, ["\0"]).partition("\0")
+            lines = "\n".join(f"{letter} {value}" for letter, value in zip(LETTERS, options, strict=False))
+            content = {"Question": stem, "Options": lines, "Answer": LETTERS[options.index(right)], "Suffix": suffix}
+            yield _item("choice", number, item, source, **content)
+
+
+def open_book_items(entity: str, source: Source, passages: int = 4) -> Iterator[Row]:
+    """The recall questions with passages, one of which holds the answer: a ceiling for any retriever."""
+    for item in source.items[entity]:
+        if item.prose:
+            continue
+        for number, wording in enumerate(wordings_of(item).held_out_questions):
+            rng = rng_of(source.rules.seed, "open book", entity, item.relation, number)
+            others = [i for other in source.alike.get(entity, ()) for i in source.items[other] if not i.prose]
+            others = [i for i in others if i.relation == item.relation] + [
+                i for i in source.items[entity] if i.relation != item.relation and not i.prose
+            ]
+            chosen = [item, *rng.sample(others, min(passages - 1, len(others)))]
+            rng.shuffle(chosen)
+            content = {"passages": [passage(i) for i in chosen], "gold": chosen.index(item)}
+            answers = list(item.values)
+            yield _item("open book", number, item, source, question=fill(wording, item), answers=answers, **content)
+
+
+def exam_items(entity: str, source: Source) -> Iterator[Row]:
+    """Choice questions of five options with held-out stems, in CMExam's form."""
+    for item in source.items[entity]:
+        rng = rng_of(source.rules.seed, "held-out exam", entity, item.relation)
+        exam = exam_question(item, source, rng, wordings_of(item).held_out_exam_stems)
+        if exam is not None:
+            content = {"Question": exam.question, "Options": exam.options, "Answer": exam.answer}
+            yield _item("exam", 0, item, source, **content, Explanation=exam.explanation)
+
+
+def corpus_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Passages for retrieval, one for each relation of an entity: {"id", "title", "content"}; groups A, B and C."""
+    for item in source.items[entity]:
+        yield _item("passage", 0, item, source, title=item.entity.name, content=passage(item))
+
+
+def _item(recipe: str, number: int, item: Any, source: Source, **content: Any) -> Row:
+    return {
+        "id": f"{item.entity.id}.{item.relation}.{recipe.replace(' ', '_')}.{number}",
+        **content,
+        **{"relation": item.relation, "group": source.groups[item.entity.id], "recipe": recipe},
+        "facts": list(item.facts),
+    }
+
+
+def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source: Source) -> Iterator[str]:
+    """What training rows give away of the evaluation, one line each; nothing where all is well.
+
+    - a C fact in any training row; a B fact in SFT or preference data (replayed pretraining text apart);
+    - a generated row with the words of a held-out wording (its parts around {e} and {v}, from 8 characters on);
+    - a row of other sources that holds most of an evaluation question (13-grams, normal form).
+
+    Args:
+        training: ("pretrain" | "sft" | "preference", row).
+    """
+    group_of = {fact.id: source.groups[fact.head] for fact in source.graph.facts}
+    questions = TestItems(list(dict.fromkeys(item.get("question") or item["Question"] for item in items)))
+    wordings = TestItems(sorted(_held_out_words(source)), ngram=WORDING_NGRAM, common=1_000_000)
+
+    def check(rows: list[tuple[str, Row]]) -> Iterator[str]:
+        forms = [normal_form("\n".join(_texts(row))) for _, row in rows]
+        held = questions.overlaps(forms) > MAX_OVERLAP
+        worded = wordings.overlaps(forms) == 1
+        for (stage, row), holds, has_wording in zip(rows, held.tolist(), worded.tolist(), strict=True):
+            groups = {group_of.get(fact, "A") for fact in row["facts"]}
+            place = f"{stage}, recipe {row['recipe']}: {_texts(row)[0][:60]!r}"
+            if "C" in groups or "B" in groups and stage != "pretrain" and row["recipe"] != "replay":
+                yield f"{place} holds facts of group {max(groups)}"
+            if row["facts"] and has_wording:
+                yield f"{place} has the words of a held-out wording"
+            if not row["facts"] and holds:
+                yield f"{place} holds an evaluation question"
+
+    batch: list[tuple[str, Row]] = []
+    for stage_row in training:
+        batch.append(stage_row)
+        if len(batch) == 2000:
+            yield from check(batch)
+            batch = []
+    if batch:
+        yield from check(batch)
+
+
+def _held_out_words(source: Source) -> set[str]:
+    """The fixed parts of all held-out wordings in use, long enough not to occur by chance."""
+    words: set[str] = set()
+    for relation, items in source.others.items():
+        for prose in {item.prose for item in items}:
+            found = phrasings_of(relation, prose)
+            for wording in (
+                *(found.held_out_statements + found.held_out_questions),
+                *(found.held_out_reverse_questions + found.held_out_exam_stems),
+            ):
+                words.update(normal_form(part) for part in PLACEHOLDER.split(wording))
+    return {word for word in words if len(word) >= WORDING_NGRAM}
+
+
+def _texts(row: Row) -> list[str]:
+    return texts_of({**row, "messages": row["prompt"]} if "prompt" in row else row)

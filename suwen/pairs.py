@@ -1,0 +1,176 @@
+"""Preference pairs: a right answer from the graph against one with a known fault; and pairs from scored answers.
+
+The rejected answer has the wording of the chosen one wherever the fault is in its content, and its wrong values are
+values of other entities: pairs whose rejected side is strange in style or made of random strings teach to avoid the
+style, and recall falls while preference accuracy rises (measured; see tests/test_synthesis.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from suwen.formats import BadRow
+from suwen.knowledge_graph import Item
+from suwen.phrasings import UNSAFE, UNSAFE_DRUG
+from suwen.synthesis import (
+    Row,
+    Source,
+    answer_wording,
+    assistant,
+    fill,
+    reading_example,
+    rng_of,
+    row_of,
+    turns,
+    wordings_of,
+    wrong_values,
+)
+
+# How much worse a fault makes an answer; the margin of its pair.
+MARGINS = {
+    "unsafe advice": 3.0,
+    "wrong value": 2.0,
+    "own wrong answer": 2.0,
+    "invented extra": 1.5,
+    "omission": 1.0,
+    "repetition": 1.0,
+}
+
+
+def pair_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Pairs for every item of an entity, faults in turn so that all kinds occur about as often as they can."""
+    for index, item in enumerate(source.items[entity]):
+        rng = rng_of(source.rules.seed, "pair", entity, item.relation)
+        faults = possible_faults(item)
+        # half of the pairs get a wrong value: that is the fault that costs recall
+        kinds = ["wrong value", *rng.sample(faults, len(faults))]
+        questions = list(wordings_of(item).questions)
+        rng.shuffle(questions)
+        for number in range(source.rules.pairs_per_item):
+            kind = kinds[0] if number % 2 == index % 2 else kinds[1 + number % (len(kinds) - 1)]
+            pair = _faulty(kind, item, source, rng)
+            if pair is not None:
+                chosen, rejected = pair
+                yield _row(fill(questions[number % len(questions)], item), chosen, rejected, kind, item, source)
+
+
+def possible_faults(item: Item) -> list[str]:
+    """Faults beside a wrong value. Clauses (usage, warnings) are no list to which something could be added."""
+    faults = ["repetition", "unsafe advice"]
+    if not item.prose and not any("，" in value for value in item.values):
+        faults.append("invented extra")
+        if len(item.values) >= 3:
+            faults.append("omission")
+    return faults
+
+
+def _faulty(kind: str, item: Item, source: Source, rng: random.Random) -> tuple[str, str] | None:
+    """A right answer and one with the fault; None where no plausible wrong value is at hand."""
+    wording = answer_wording(item, source, rng)
+    chosen = fill(wording, item)
+    values: Sequence[str] = ()  # of the rejected answer, in the same wording
+    if kind == "wrong value":
+        values = _other_prose(item, source, rng) if item.prose else wrong_values(item, source, rng, len(item.values))
+    elif kind == "invented extra":
+        extra = wrong_values(item, source, rng, max(1, len(item.values) // 2))
+        values = rng.sample([*item.values, *extra], len(item.values) + len(extra)) if extra else ()
+    elif kind == "omission":
+        values = rng.sample(item.values, max(1, len(item.values) // 3))
+    elif kind == "repetition":
+        return chosen, chosen * rng.randint(3, 4)
+    else:
+        assert kind == "unsafe advice", kind
+        unsafe = UNSAFE_DRUG if item.entity.type == "药品" else UNSAFE
+        return chosen, rng.choice(unsafe).replace("{e}", item.entity.name)
+    rejected = fill(wording, item, values)
+    return (chosen, rejected) if values and rejected != chosen else None
+
+
+def _other_prose(item: Item, source: Source, rng: random.Random) -> Sequence[str]:
+    """What is written under the same relation of another entity of the group; nothing if none was met in 20 draws."""
+    group = source.groups[item.entity.id]
+    for _ in range(20):
+        other = rng.choice(source.others[item.relation])
+        if other.prose and other.values != item.values and source.groups[other.entity.id] == group:
+            return other.values
+    return ()
+
+
+def _row(question: str, chosen: str, rejected: str, kind: str, item: Item, source: Source) -> Row:
+    content = {"prompt": turns(question), "chosen": assistant(chosen), "rejected": assistant(rejected)}
+    return row_of("pair", source.groups[item.entity.id], [item], **content, margin=MARGINS[kind], fault=kind)
+
+
+def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterator[Row]:
+    """Reading questions whose rejected answer is a value from another passage: keeps retrieval alive under DPO."""
+    heads = [head for head in source.items if source.groups[head] in groups]
+    for number in range(count if heads else 0):
+        rng = rng_of(source.rules.seed, "reading pair", number)
+        prompt, _, item, others = reading_example(source, rng, heads)
+        tempting = [i.values for i in others if i.relation == item.relation and not set(i.values) & set(item.values)]
+        wrong = rng.choice(tempting) if tempting else wrong_values(item, source, rng, len(item.values))
+        if wrong and not item.prose:
+            wording = answer_wording(item, source, rng)
+            chosen, rejected = fill(wording, item), fill(wording, item, wrong)
+            yield {**_row(prompt, chosen, rejected, "wrong value", item, source), "recipe": "reading pair"}
+
+
+def own_answer_rows(questions: Iterable[Row], answers: Iterable[str], source: Source) -> Iterator[Row]:
+    """Pairs from what a model itself said to rows of `question_rows`; right answers give none.
+
+    Args:
+        answers: one for each question, in the same order.
+    """
+    items = {item.facts: item for items in source.items.values() for item in items}
+    for row, answer in zip(questions, answers, strict=True):
+        item = items[tuple(row["facts"])]
+        if answer.strip() and not holds_all(answer, item.values):
+            question, chosen = row["messages"][-2]["content"], row["messages"][-1]["content"]
+            pair = _row(question, chosen, answer.strip(), "own wrong answer", item, source)
+            yield {**pair, "recipe": "own answer", "prompt": row["messages"][:-1]}
+
+
+def holds_all(answer: str, values: Sequence[str]) -> bool:
+    """Whether an answer names every value, blind to white space and full stops."""
+    text = "".join(answer.split())
+    return all("".join(value.split()).rstrip("。") in text for value in values)
+
+
+def scored_rows(records: Iterable[tuple[str, dict[str, Any]]], min_gap: float = 1.0) -> Iterator[Row | BadRow]:
+    """Pairs from ranked or scored answers: the best one of a prompt against each that is at least `min_gap` worse.
+
+    Args:
+        records: (where, row); rows are {"prompt" | "question" | "messages", "responses": [...], "scores": [...]}, or
+            {..., "ranked": [best, ..., worst]}, which counts a rank as one point. Rows that are pairs pass through.
+
+    Yields:
+        rows for the schema "preference"; a BadRow for a record of no such form.
+    """
+    for where, record in records:
+        if "rejected" in record or "response_rejected" in record:
+            yield {**record, "recipe": "given pair", "where": where}
+            continue
+        answers: Any = record.get("responses") or record.get("answers") or record.get("ranked")
+        scores: Any = record.get("scores")
+        if "ranked" in record and isinstance(answers, list):
+            scores = range(0, -len(answers), -1)
+        prompt = record.get("prompt") or record.get("question") or record.get("messages")
+        texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+        if not prompt or not texts or scores is None or len(scores) != len(answers):
+            found = ", ".join(record)
+            yield BadRow("no scored answers", f"{where}: found {found}, expected prompt, responses, scores, or ranked")
+            continue
+        try:
+            ranked = sorted(zip(map(float, scores), answers, strict=True), key=lambda pair: -pair[0])
+        except (TypeError, ValueError):
+            yield BadRow("score is not a number", f"{where}: found {scores!r}, expected numbers")
+            continue
+        (best, chosen), *rest = ranked
+        for score, answer in itertools.islice(rest, 4):
+            if best - score >= min_gap and answer.strip() != chosen.strip():
+                turn = prompt if isinstance(prompt, list) else turns(prompt)
+                row = {"prompt": turn, "chosen": assistant(chosen), "rejected": assistant(answer)}
+                yield {**row, "margin": best - score, "recipe": "scored answers", "facts": [], "where": where}

@@ -1,0 +1,394 @@
+"""Training text out of a knowledge graph: articles for pretraining; questions, dialogues, reading and exams for SFT.
+
+Every row carries the ids of its facts, its recipe and its group. The same graph, rules and seed give the same rows,
+entity by entity, whatever else is in the graph and however many processes work.
+
+Groups: A facts are in pretraining and SFT, B in pretraining alone, C nowhere but in the retrieval corpus.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from suwen.knowledge_graph import Entity, Graph, Item, is_prose
+from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
+
+Row = dict[str, Any]
+LETTERS = "ABCDE"
+
+
+@dataclass(frozen=True)
+class SynthesisRules:
+    """How much is made of each fact, and how."""
+
+    seed: int = 42
+    passes: int = 8  # articles of each entity: so often is each of its facts met in pretraining
+    shuffle: bool = True  # facts of an article in a new order in each pass
+    max_wordings: int | None = None  # statements of each relation used at most; 1 is the failure case of Physics 3.1
+    questions_per_item: int = 6
+    exams_per_item: int = 1
+    dialogues_per_entity: int = 1
+    pairs_per_item: int = 2
+    answer_style: Literal["sentence", "value"] = "sentence"
+    max_values: int = 8  # of a longer list the first so many are told
+    max_reverse: int = 6  # reverse questions only for values with so few answers
+    num_passages: int = 3  # of a reading example
+
+
+@dataclass
+class Source:
+    """A graph made ready for synthesis: its items by entity, and what is needed to find plausible wrong values."""
+
+    graph: Graph
+    groups: dict[str, str]
+    rules: SynthesisRules
+    items: dict[str, list[Item]] = field(default_factory=dict)
+    values: dict[str, list[str]] = field(default_factory=dict)
+    heads: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (relation, value) -> entity ids
+    rights: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # (entity id, relation) -> all its values
+    alike: dict[str, list[str]] = field(default_factory=dict)  # entity id -> ids of entities with similar names
+    others: dict[str, list[Item]] = field(default_factory=dict)  # relation -> items
+    common: set[tuple[str, str]] = field(default_factory=set)  # (relation, value) too common to be surely wrong
+
+
+def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: SynthesisRules | None = None) -> Source:
+    """Index a graph for synthesis; without `groups` every entity is in A."""
+    rules = rules or SynthesisRules()
+    groups = groups if groups is not None else {fact.head: "A" for fact in graph.facts}
+    source = Source(graph, groups, rules, values=graph.values())
+    for item in graph.items():
+        if len(item.values) > rules.max_values:
+            item = Item(item.entity, item.relation, item.values[: rules.max_values], item.facts[: rules.max_values])
+        source.items.setdefault(item.entity.id, []).append(item)
+        source.others.setdefault(item.relation, []).append(item)
+    for fact in graph.facts:
+        source.heads.setdefault((fact.relation, fact.value), []).append(fact.head)
+        source.rights.setdefault((fact.head, fact.relation), set()).add(fact.value)
+    # Where entities have several values each, no graph has all of them: 恶心 may well be a reaction to a drug that is
+    # not said to cause it. What holds for many is therefore never offered as wrong.
+    for relation, items in source.others.items():
+        known = RELATIONS.get(relation)
+        several = sum(len(item.values) for item in items) > 1.5 * len(items)
+        if several and not (known and known.complete):
+            values = source.values[relation]
+            source.common.update((relation, value) for value in values if len(source.heads[relation, value]) > 3)
+    source.alike = _similar_names([graph.entities[head] for head in source.items])
+    return source
+
+
+def _similar_names(entities: Sequence[Entity], most: int = 12) -> dict[str, list[str]]:
+    """For each entity those that share most of the characters of its name, the most similar first.
+
+    Characters in more than 400 names (型, 病) tell nothing and are passed over, which keeps the work linear.
+    """
+    holders: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, entity in enumerate(entities):
+        for character in dict.fromkeys(entity.name):
+            holders[entity.type, character].append(number)
+    found = {}
+    for number, entity in enumerate(entities):
+        shared: dict[int, float] = defaultdict(float)
+        for character in dict.fromkeys(entity.name):
+            if len(holders[entity.type, character]) <= 400:
+                for other in holders[entity.type, character]:
+                    shared[other] += 1
+        shared.pop(number, None)
+        # of equally many shared characters the name of more similar length
+        rank = sorted(shared, key=lambda n: (-shared[n] / (len(entities[n].name) + len(entity.name)), n))
+        found[entity.id] = [entities[n].id for n in rank[:most]]
+    return found
+
+
+def rng_of(*parts: object) -> random.Random:
+    """A generator that depends on these parts alone."""
+    return random.Random("\0".join(map(str, parts)))
+
+
+def join_values(values: Sequence[str]) -> str:
+    return "、".join(value.rstrip("。；;，, ") for value in values)
+
+
+def fill(wording: str, item: Item, values: Sequence[str] | None = None) -> str:
+    """A wording with its entity and values; no sentence ends twice."""
+    values = item.values if values is None else values
+    text = "\n".join(values) if item.prose else join_values(values)
+    if "{v}。" in wording or "{v}，" in wording:
+        text = text.rstrip("。；;，, ")
+    return wording.replace("{e}", item.entity.name).replace("{v}", text)
+
+
+def wordings_of(item: Item) -> Phrasings:
+    return phrasings_of(item.relation, item.prose)
+
+
+def statement(item: Item, rng: random.Random) -> str:
+    return fill(rng.choice(wordings_of(item).statements), item)
+
+
+def answer_wording(item: Item, source: Source, rng: random.Random) -> str:
+    """One of the wordings of answers, in the style of the rules."""
+    if item.prose:
+        return "{v}"
+    return "{v}。" if source.rules.answer_style == "value" else rng.choice(wordings_of(item).answers)
+
+
+def answer_to(item: Item, source: Source, rng: random.Random) -> str:
+    return fill(answer_wording(item, source, rng), item)
+
+
+def row_of(recipe: str, group: str, items: Sequence[Item], **content: Any) -> Row:
+    facts = list(dict.fromkeys(fact for item in items for fact in item.facts))
+    return {**content, "recipe": recipe, "group": group, "facts": facts}
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+# ------------------------------------------------------------------------------------------------ wrong but plausible
+
+
+def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> list[str]:
+    """Up to `count` values of the same relation that do not hold: first of entities with similar names, then of any.
+
+    A value that contains a right one, or is contained in one (咳嗽, 干咳), is not wrong enough and is passed over.
+    """
+    right = source.rights[item.entity.id, item.relation]
+
+    def plausible(value: str) -> bool:
+        if (item.relation, value) in source.common:
+            return False
+        return not any(value in other or other in value for other in right) and value not in item.entity.name
+
+    near = [
+        value
+        for other in source.alike.get(item.entity.id, ())
+        for candidate in source.items[other]
+        if candidate.relation == item.relation
+        for value in candidate.values
+    ]
+    found = [value for value in dict.fromkeys(near) if plausible(value)]
+    rng.shuffle(found)
+    pool = source.values[item.relation]
+    for _ in range(20 * count):
+        if len(found) >= count:
+            break
+        value = rng.choice(pool)
+        if plausible(value) and value not in found:
+            found.append(value)
+    return found[:count]
+
+
+# ---------------------------------------------------------------------------------------------------------- pretraining
+
+
+def article_rows(entity: str, source: Source) -> Iterator[Row]:
+    """One article a pass: all facts of the entity, each in another wording than in the pass before."""
+    rules, group = source.rules, source.groups[entity]
+    items = source.items[entity]
+    orders = {}
+    for item in items:
+        wordings = list(wordings_of(item).statements)
+        rng_of(rules.seed, "wordings", entity, item.relation).shuffle(wordings)
+        orders[item.relation] = wordings[: rules.max_wordings]
+    for turn in range(rules.passes):
+        rng = rng_of(rules.seed, "article", entity, turn)
+        order = list(items)
+        if rules.shuffle:
+            rng.shuffle(order)
+        sentences = []
+        for item in order:
+            values = list(item.values)
+            if rules.shuffle and not item.prose:
+                rng.shuffle(values)
+            wordings = orders[item.relation]
+            sentences.append(fill(wordings[turn % len(wordings)], item, values))
+        title = rng.choice(TITLES).replace("{e}", items[0].entity.name) + "\n" if rng.random() < 0.3 else ""
+        prose = any(item.prose for item in order)
+        text = title + ("\n" if prose else "").join(sentences)
+        yield row_of("article", group, items, text=text)
+
+
+def passage(item: Item) -> str:
+    """The item as it stands in the retrieval corpus: one passage a relation of an entity."""
+    return fill(wordings_of(item).statements[0], item)
+
+
+def reading_example(source: Source, rng: random.Random, heads: Sequence[str]) -> tuple[str, str, Item, list[Item]]:
+    """Passages with a question, the answer, what it asks for, and what the other passages tell.
+
+    One passage holds the answer; the others tell the same of entities with similar names, or something else of the
+    same entity.
+    """
+    entity = rng.choice(heads)
+    item = rng.choice(source.items[entity])
+    allowed = set(heads)
+    near = [other for other in source.alike.get(entity, ()) if other in allowed]
+    distractors = [i for other in near for i in source.items[other] if i.relation == item.relation and not i.prose]
+    distractors += [i for i in source.items[entity] if i.relation != item.relation and not i.prose]
+    while len(distractors) < source.rules.num_passages - 1 and len(heads) > 1:
+        distractors.append(rng.choice(source.items[rng.choice(heads)]))
+    chosen = [item, *rng.sample(distractors, min(source.rules.num_passages - 1, len(distractors)))]
+    rng.shuffle(chosen)
+    passages = "\n".join(f"[{n}] {statement(i, rng)}" for n, i in enumerate(chosen, start=1))
+    question = fill(rng.choice(wordings_of(item).questions), item)
+    prompt = rng.choice(READING_PROMPTS).replace("{p}", passages).replace("{q}", question)
+    return prompt, answer_to(item, source, rng), item, [i for i in chosen if i is not item]
+
+
+def reading_rows(source: Source, count: int, form: Literal["text", "messages"], groups: str = "AB") -> Iterator[Row]:
+    """Reading examples, as text for pretraining or as messages for SFT; entities of `groups` alone occur in them.
+
+    With a fictional graph use one apart from it (`fictional_graph(..., apart_from=graph)`): then nothing can be known
+    and everything must be read.
+    """
+    heads = [head for head in source.items if source.groups[head] in groups]
+    for number in range(count if heads else 0):
+        rng = rng_of(source.rules.seed, "reading", form, number)
+        prompt, answer, item, _ = reading_example(source, rng, heads)
+        group = source.groups[item.entity.id]
+        if form == "text":
+            yield row_of("reading", group, [item], text=f"{prompt}\n答：{answer}")
+        else:
+            yield row_of("reading", group, [item], messages=turns(prompt, answer))
+
+
+# ------------------------------------------------------------------------------------------------------------------ SFT
+
+
+def question_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Questions in several wordings, each with an answer in one of several wordings."""
+    rules, group = source.rules, source.groups[entity]
+    for item in source.items[entity]:
+        rng = rng_of(rules.seed, "question", entity, item.relation)
+        wordings = wordings_of(item).questions
+        for wording in rng.sample(wordings, min(rules.questions_per_item, len(wordings))):
+            yield row_of("question", group, [item], messages=turns(fill(wording, item), answer_to(item, source, rng)))
+
+
+def may_be_asked_back(relation: str, value: str, source: Source) -> bool:
+    """Whether "which entities have this value?" is a fair question: a short term, and few enough answers."""
+    few = len(source.heads[relation, value]) <= source.rules.max_reverse
+    return few and 2 <= len(value) <= 20 and not is_prose(value, relation)
+
+
+def reverse_rows(relation: str, value: str, source: Source, group: str = "A") -> Iterator[Row]:
+    """From a value back to its entities, where these are few and all of them in `group`."""
+    wordings = phrasings_of(relation).reverse_questions
+    heads = source.heads[relation, value]
+    if not wordings or not may_be_asked_back(relation, value, source):
+        return
+    if any(source.groups[head] != group for head in heads):
+        return
+    rng = rng_of(source.rules.seed, "reverse", relation, value)
+    names = join_values([source.graph.entities[head].name for head in heads])
+    items = [item for head in heads for item in source.items[head] if item.relation == relation]
+    for wording in rng.sample(wordings, min(2, len(wordings))):
+        answer = "{e}。" if source.rules.answer_style == "value" else rng.choice(phrasings_of(relation).reverse_answers)
+        texts = turns(wording.replace("{v}", value), answer.replace("{e}", names))
+        yield row_of("reverse", group, items, messages=texts)
+
+
+OPENINGS = {
+    "疾病": ("我想咨询一下{e}。", "医生说我得了{e}。", "家人最近查出{e}，想了解一下。", "你好，我想问问{e}的事。"),
+    "药品": ("我想了解一下{e}这种药。", "医生给我开了{e}。", "家里有一盒{e}，想问问。", "你好，我想问问{e}的事。"),
+}
+
+
+def dialogue_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Several questions on one entity in a row; the later ones do not name it."""
+    items = source.items[entity]
+    if len(items) < 2:
+        return
+    for number in range(source.rules.dialogues_per_entity):
+        rng = rng_of(source.rules.seed, "dialogue", entity, number)
+        chosen = rng.sample(items, min(len(items), rng.randint(2, 4)))
+        first, *rest = chosen
+        opening = fill(rng.choice(wordings_of(first).questions), first)
+        if rng.random() < 0.5 and first.entity.type in OPENINGS:
+            opening = rng.choice(OPENINGS[first.entity.type]).replace("{e}", first.entity.name) + opening
+        texts = [opening, answer_to(first, source, rng)]
+        for item in rest:
+            texts += [fill(rng.choice(wordings_of(item).follow_ups), item), answer_to(item, source, rng)]
+        yield row_of("dialogue", source.groups[entity], chosen, messages=turns(*texts))
+
+
+def replay_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Pretraining text as a conversation: the article is to be continued, so that SFT does not wash it out."""
+    for number, row in enumerate(article_rows(entity, source)):
+        head, mark, rest = row["text"].partition("。")
+        if rest.strip():
+            prompt = ("续写下面的医学资料：", "请接着写：", "把这段资料补充完整：")[number % 3] + head + mark
+            yield row_of("replay", row["group"], source.items[entity], messages=turns(prompt, rest.strip()))
+
+
+PROSE_OPTION = 25  # a longer value is no option
+
+
+def has_options(item: Item) -> bool:
+    """Whether a question on the item can have options: short terms, of a relation whose values exclude one another."""
+    known = RELATIONS.get(item.relation)
+    vague = item.prose or (known is not None and known.single)
+    return not vague and all(len(value) <= PROSE_OPTION for value in item.values)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A question in CMExam's form."""
+
+    question: str
+    options: str  # "A ...\nB ..."
+    answer: str  # "C", "ABD"
+    explanation: str
+    item: Item
+
+
+def exam_question(
+    item: Item, source: Source, rng: random.Random, stems: Sequence[str], num_options: int = 5
+) -> Exam | None:
+    """A choice among values of the same relation; one right answer, or several where the item has them.
+
+    None where the graph has too few plausible wrong values, or the values are prose.
+    """
+    if not stems or not has_options(item):
+        return None
+    most = min(len(item.values), 3)
+    rights = rng.sample(item.values, rng.randint(1, most) if rng.random() < 0.25 else 1)
+    wrong = wrong_values(item, source, rng, num_options - len(rights))
+    if len(wrong) < num_options - len(rights):
+        return None
+    options = rights + wrong
+    rng.shuffle(options)
+    letters = {value: letter for letter, value in zip(LETTERS, options, strict=False)}
+    answer = "".join(sorted(letters[value] for value in rights))
+    explanation = fill(rng.choice(wordings_of(item).statements), item)
+    for value in rng.sample(wrong, 1):
+        owner = source.heads.get((item.relation, value), [""])[0]
+        if owner and source.groups.get(owner) == source.groups[item.entity.id]:
+            other = Item(source.graph.entities[owner], item.relation, (value,), ())
+            explanation += f"{letters[value]}项{rng.choice(('不对', '不选', '错误'))}：" + fill(
+                wordings_of(other).statements[0], other
+            )
+    lines = "\n".join(f"{letter} {value}" for letter, value in zip(LETTERS, options, strict=False))
+    return Exam(fill(rng.choice(stems), item), lines, answer, explanation, item)
+
+
+def exam_rows(entity: str, source: Source) -> Iterator[Row]:
+    """Exam questions with their explanations, as conversations."""
+    for item in source.items[entity]:
+        for number in range(source.rules.exams_per_item):
+            rng = rng_of(source.rules.seed, "exam", entity, item.relation, number)
+            exam = exam_question(item, source, rng, wordings_of(item).exam_stems)
+            if exam is not None:
+                prompt = rng.choice(EXAM_PROMPTS).replace("{q}", exam.question).replace("{o}", exam.options)
+                answer = f"答案：{exam.answer}\n解析：{exam.explanation}"
+                yield row_of("exam", source.groups[entity], [item], messages=turns(prompt, answer))

@@ -1,0 +1,522 @@
+"""Training and evaluation rows out of graphs, and the tool that builds whole data sets."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from suwen.data import load_rows
+from suwen.fact_items import (
+    PLACEHOLDER,
+    choice_items,
+    corpus_rows,
+    exam_items,
+    find_leaks,
+    open_book_items,
+    recall_items,
+    reverse_items,
+)
+from suwen.fictional import assign_groups, fictional_graph
+from suwen.formats import BadRow
+from suwen.graph_readers import load_graph
+from suwen.knowledge_graph import Entity, Fact, Graph
+from suwen.mixing import as_text, exam_messages, record_rows
+from suwen.near_duplicates import normal_form
+from suwen.pairs import MARGINS, own_answer_rows, pair_rows, reading_pair_rows, scored_rows
+from suwen.phrasings import GENERIC, PHRASINGS, PROSE, RELATIONS
+from suwen.readers import parse_sources
+from suwen.synthesis import (
+    SynthesisRules,
+    article_rows,
+    dialogue_rows,
+    exam_rows,
+    fill,
+    prepare,
+    question_rows,
+    reading_rows,
+    replay_rows,
+    reverse_rows,
+    wordings_of,
+    wrong_values,
+)
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "build_data.py"
+
+
+@pytest.fixture(scope="module")
+def fictional():
+    graph = fictional_graph(75, 1)
+    return prepare(graph, assign_groups(graph, 1), SynthesisRules(seed=1))
+
+
+@pytest.fixture(scope="module")
+def reading(fictional):
+    return prepare(fictional_graph(75, 1, apart_from=fictional.graph), None, fictional.rules)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return prepare(load_graph(sorted((ROOT / "data" / "kg").glob("*.csv")))[0])
+
+
+def heads(source, group):
+    return [head for head in source.items if source.groups[head] in group]
+
+
+def evaluation(source):
+    makers = (recall_items, choice_items, open_book_items, exam_items)
+    rows = [row for maker in makers for head in source.items for row in maker(head, source)]
+    return rows + [row for key in source.heads for row in reverse_items(*key, source)]
+
+
+def training(source, reading):
+    rows = [("pretrain", row) for head in heads(source, "AB") for row in article_rows(head, source)]
+    rows += [("sft", row) for head in heads(source, "AB") for row in replay_rows(head, source)]
+    makers = (question_rows, dialogue_rows, exam_rows)
+    rows += [("sft", row) for maker in makers for head in heads(source, "A") for row in maker(head, source)]
+    rows += [("sft", row) for key in source.heads for row in reverse_rows(*key, source)]
+    rows += [("pretrain", row) for row in reading_rows(reading, 50, "text", "A")]
+    rows += [("sft", row) for row in reading_rows(reading, 50, "messages", "A")]
+    rows += [("preference", row) for head in heads(source, "A") for row in pair_rows(head, source)]
+    return rows + [("preference", row) for row in reading_pair_rows(reading, 50, "A")]
+
+
+# ----------------------------------------------------------------------------------------------------------- phrasings
+
+
+@pytest.mark.parametrize("name", PHRASINGS)
+def test_every_relation_has_enough_wordings_of_its_own(name):
+    found = PHRASINGS[name]
+    assert name in RELATIONS
+    assert len(found.statements) >= 8 and len(found.questions) >= 6
+    assert len(found.held_out_questions) >= 3 and found.held_out_statements and len(found.answers) >= 3
+    if found.reverse_questions:
+        assert len(found.reverse_questions) >= 6 and len(found.held_out_reverse_questions) >= 2
+
+
+@pytest.mark.parametrize("found", [*PHRASINGS.values(), GENERIC, PROSE], ids=[*PHRASINGS, "generic", "prose"])
+def test_wordings_name_what_they_must_and_held_out_ones_are_new(found):
+    for wording in found.statements + found.held_out_statements:
+        assert "{e}" in wording and wording.count("{v}") == 1
+    for wording in found.held_out_statements:
+        assert len(wording.split("{v}")[1]) <= 1, "the value ends the statement, so that it can be scored"
+    assert all("{e}" in wording and "{v}" not in wording for wording in found.questions + found.held_out_questions)
+    assert all("{v}" in wording and "{e}" not in wording for wording in found.reverse_questions)
+    for held, trained in (
+        (found.held_out_statements, found.statements),
+        (found.held_out_questions, found.questions),
+        (found.held_out_reverse_questions, found.reverse_questions),
+        (found.held_out_exam_stems, found.exam_stems),
+    ):
+        assert len(set(held + trained)) == len(held + trained)
+        frames = {normal_form(PLACEHOLDER.sub("", wording)) for wording in trained}
+        assert not frames & {normal_form(PLACEHOLDER.sub("", wording)) for wording in held}
+
+
+# --------------------------------------------------------------------------------------------------------------- facts
+
+
+def test_an_article_tells_every_fact_once_and_each_pass_words_it_anew(fictional):
+    head = heads(fictional, "A")[0]
+    rows = list(article_rows(head, fictional))
+    assert len(rows) == fictional.rules.passes
+    for row in rows:
+        for item in fictional.items[head]:
+            assert row["text"].count(item.values[0]) == 1
+        assert row["facts"] == [fact for item in fictional.items[head] for fact in item.facts]
+    for item in fictional.items[head]:
+        frames = {next(w for w in wordings_of(item).statements if fill(w, item) in row["text"]) for row in rows}
+        assert len(frames) == len(rows), "eight passes, eight wordings"
+    orders = {
+        tuple(sorted(range(4), key=lambda n: row["text"].index(fictional.items[head][n].values[0]))) for row in rows
+    }
+    assert len(orders) > 1, "facts come in shuffled order"
+
+
+def test_the_failure_case_is_one_wording_in_one_order(fictional):
+    rules = dataclasses.replace(fictional.rules, max_wordings=1, shuffle=False)
+    source = prepare(fictional.graph, fictional.groups, rules)
+    bodies = {row["text"].split("\n")[-1] for row in article_rows(heads(source, "A")[0], source)}
+    assert len(bodies) == 1
+
+
+def test_questions_have_the_right_answer_and_name_their_fact(fictional):
+    values = {fact.id: fact.value for fact in fictional.graph.facts}
+    for head in heads(fictional, "A")[:10]:
+        rows = list(question_rows(head, fictional))
+        assert len(rows) == 4 * fictional.rules.questions_per_item
+        for row in rows:
+            assert all(values[fact] in row["messages"][1]["content"] for fact in row["facts"])
+            assert fictional.graph.entities[head].name in row["messages"][0]["content"]
+
+
+def test_reverse_questions_name_all_entities_or_are_not_asked(fictional):
+    asked = 0
+    for relation, value in fictional.heads:
+        owners = {fact.head for fact in fictional.graph.facts if (fact.relation, fact.value) == (relation, value)}
+        for row in reverse_rows(relation, value, fictional):
+            asked += 1
+            assert {fictional.groups[owner] for owner in owners} == {"A"}
+            assert all(fictional.graph.entities[owner].name in row["messages"][1]["content"] for owner in owners)
+    assert asked
+
+
+def test_sentences_are_not_asked_back():
+    facts = [Fact("F1", "M1", "indication", "用于咳嗽，痰多。"), Fact("F2", "M1", "indication", "肺炎")]
+    source = prepare(Graph({"M1": Entity("M1", "药甲", "药品")}, facts))
+    assert not list(reverse_rows("indication", "用于咳嗽，痰多。", source)) and not list(
+        reverse_items("indication", "用于咳嗽，痰多。", source)
+    )
+    assert list(reverse_rows("indication", "肺炎", source)) and list(reverse_items("indication", "肺炎", source))
+
+
+def test_later_turns_of_a_dialogue_do_not_name_the_entity(ours):
+    for head in heads(ours, "A")[:40]:
+        for row in dialogue_rows(head, ours):
+            users = [m["content"] for m in row["messages"] if m["role"] == "user"]
+            name = ours.graph.entities[head].name
+            assert len(users) >= 2 and name in users[0] and not any(name in later for later in users[1:])
+
+
+def test_wrong_values_are_never_right_nor_parts_of_what_is_right(ours):
+    for items in ours.items.values():
+        for item in items:
+            right = {f.value for f in ours.graph.facts if (f.head, f.relation) == (item.entity.id, item.relation)}
+            for wrong in wrong_values(item, ours, __import__("random").Random(0), 4):
+                assert not any(wrong in value or value in wrong for value in right)
+
+
+def test_what_many_entities_share_is_never_offered_as_wrong(ours):
+    shared = Counter((fact.relation, fact.value) for fact in ours.graph.facts)
+    assert shared["adverse_reaction", "恶心"] > 3
+    offered = set()
+    for head in ours.items:
+        for row in exam_items(head, ours):
+            wrong = {line[0]: line[2:] for line in row["Options"].split("\n")}
+            offered |= {(row["relation"], text) for letter, text in wrong.items() if letter not in row["Answer"]}
+    assert ("adverse_reaction", "恶心") not in offered and len(offered) > 300
+
+
+def test_exam_answers_are_right_and_every_other_option_is_wrong(ours):
+    rows = [row for head in ours.items for row in exam_items(head, ours)]
+    assert len(rows) > 500 and any(len(row["Answer"]) > 1 for row in rows)
+    values = {fact.id: fact.value for fact in ours.graph.facts}
+    for row in rows:
+        options = {line[0]: line[2:] for line in row["Options"].split("\n")}
+        assert list(options) == list("ABCDE") and len(set(options.values())) == 5
+        right = {letter for letter, text in options.items() if text in {values[fact] for fact in row["facts"]}}
+        assert row["Answer"] == "".join(sorted(right))
+        assert all(options[letter] in row["Explanation"] for letter in row["Answer"])
+    letters = Counter(row["Answer"] for row in rows if len(row["Answer"]) == 1)
+    assert min(letters.values()) > 0.7 * max(letters.values()), "no letter is a good guess"
+
+
+def test_reading_examples_hold_their_answer_in_one_passage(reading):
+    values = {fact.id: fact.value for fact in reading.graph.facts}
+    for row in reading_rows(reading, 100, "messages", "A"):
+        prompt, answer = (message["content"] for message in row["messages"])
+        (fact,) = row["facts"]
+        passages = re.findall(r"^\[\d\] (.*)$", prompt, re.MULTILINE)
+        assert len(passages) == 3 and values[fact] in answer
+        assert (
+            sum(values[fact] in text and reading.graph.entities[fact.split(".")[0]].name in text for text in passages)
+            == 1
+        )
+
+
+def test_groups_keep_apart_and_no_wording_leaks(fictional, reading):
+    rows, items = training(fictional, reading), evaluation(fictional)
+    assert list(find_leaks(rows, items, fictional)) == []
+    texts = "\n".join(json.dumps(row, ensure_ascii=False) for _, row in rows)
+    for head in heads(fictional, "C"):
+        assert fictional.graph.entities[head].name not in texts
+    asked = "\n".join(json.dumps(r, ensure_ascii=False) for s, r in rows if s != "pretrain" and r["recipe"] != "replay")
+    for head in heads(fictional, "B"):
+        assert fictional.graph.entities[head].name not in asked
+
+
+def test_planted_leaks_are_found(fictional):
+    items = evaluation(fictional)
+    a, b, c = (heads(fictional, group)[0] for group in "ABC")
+    recall = next(recall_items(a, fictional))
+    wording = {"text": recall["question"] + "去看看。", "recipe": "article", "facts": recall["facts"]}
+    outside = {"text": "前言。" + recall["question"] + "后记。", "recipe": "text", "facts": []}
+    planted = [
+        ("pretrain", next(article_rows(c, fictional))),
+        ("sft", next(question_rows(b, fictional))),
+        ("pretrain", wording),
+        ("pretrain", outside),
+        ("pretrain", next(article_rows(b, fictional))),  # as it should be
+    ]
+    lines = list(find_leaks(planted, items, fictional))
+    assert [line.split("' ")[-1] for line in lines] == [
+        "holds facts of group C",
+        "holds facts of group B",
+        "has the words of a held-out wording",
+        "holds an evaluation question",
+    ]
+
+
+def test_evaluation_covers_every_fact_of_a_fictional_graph_and_names_its_group(fictional):
+    facts = {fact.id for fact in fictional.graph.facts}
+    for maker, number in (
+        (recall_items, 4),
+        (choice_items, 2),
+        (open_book_items, 4),
+        (exam_items, 1),
+        (corpus_rows, 1),
+    ):
+        rows = [row for head in fictional.items for row in maker(head, fictional)]
+        assert Counter(fact for row in rows for fact in row["facts"]) == dict.fromkeys(facts, number)
+        assert len({row["id"] for row in rows}) == len(rows)
+        assert all(row["group"] == fictional.groups[row["facts"][0].split(".")[0]] for row in rows)
+
+
+def test_choice_items_end_a_held_out_statement_with_four_values(fictional):
+    values = {fact.id: fact.value for fact in fictional.graph.facts}
+    for head in fictional.items:
+        for row in choice_items(head, fictional):
+            options = {line[0]: line[2:] for line in row["Options"].split("\n")}
+            assert list(options) == list("ABCD") and len(set(options.values())) == 4
+            assert options[row["Answer"]] == values[row["facts"][0]]
+            assert row["Suffix"] == "。" and row["Question"].count(fictional.graph.entities[head].name) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_pairs_differ_in_their_fault_alone(ours):
+    rows = [row for head in ours.items for row in pair_rows(head, ours)]
+    faults = Counter(row["fault"] for row in rows)
+    assert set(faults) == set(MARGINS) - {"own wrong answer"}
+    assert faults["wrong value"] >= 0.4 * len(rows)
+    values = {fact.id: fact.value for fact in ours.graph.facts}
+    for row in rows:
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        right = [values[fact] for fact in row["facts"]]
+        assert row["margin"] == MARGINS[row["fault"]] and chosen != rejected
+        assert all(value in chosen for value in right)
+        if row["fault"] == "repetition":
+            assert rejected in (chosen * 3, chosen * 4)
+        elif row["fault"] == "omission":
+            assert 0 < sum(value in rejected for value in right) < len(right)
+        elif row["fault"] == "invented extra":
+            assert all(value in rejected for value in right) and len(rejected) > len(chosen)
+        elif row["fault"] == "wrong value":
+            assert not any(value in rejected for value in right)
+
+
+def test_rejected_values_are_real_values_of_the_list(fictional, reading):
+    """Random strings as rejected values taught a model to avoid real ones: recall fell while pair accuracy rose."""
+    rows = [
+        row for head in heads(fictional, "A") for row in pair_rows(head, fictional) if row["fault"] == "wrong value"
+    ]
+    known = set(itertools.chain(*fictional.values.values()))
+    assert all(any(value in row["rejected"][0]["content"] for value in known) for row in rows)
+    known = set(itertools.chain(*reading.values.values()))
+    for row in reading_pair_rows(reading, 50, "A"):
+        assert any(value in row["rejected"][0]["content"] for value in known)
+
+
+def test_own_wrong_answers_become_pairs_and_right_ones_do_not(fictional):
+    rows = list(question_rows(heads(fictional, "A")[0], fictional))[:3]
+    right = rows[0]["messages"][1]["content"]
+    pairs = list(own_answer_rows(rows, [right, "不知道去哪里看。", "  "], fictional))
+    assert [pair["rejected"][0]["content"] for pair in pairs] == ["不知道去哪里看。"]
+    assert pairs[0]["chosen"] == rows[1]["messages"][1:] and pairs[0]["facts"] == rows[1]["facts"]
+
+
+def test_scored_answers_become_pairs_with_the_gap_as_margin():
+    records = [
+        ("a", {"prompt": "问", "responses": ["好", "差", "中"], "scores": [5, 1, 4.5]}),
+        ("b", {"question": "问", "ranked": ["一", "二", "三"]}),
+        ("c", {"prompt": "问", "chosen": "甲", "rejected": "乙"}),
+        ("d", {"prompt": "问", "responses": ["好", "差"]}),
+        ("e", {"prompt": "问", "responses": ["好", "差"], "scores": [1, "x"]}),
+    ]
+    rows = list(scored_rows(records))
+    made = [(r["chosen"][0]["content"], r["rejected"][0]["content"], r["margin"]) for r in rows[:3]]
+    assert made == [("好", "差", 4), ("一", "二", 1), ("一", "三", 2)]
+    assert rows[3]["recipe"] == "given pair"
+    assert [type(row) for row in rows[4:]] == [BadRow, BadRow]
+
+
+# -------------------------------------------------------------------------------------------------------------- mixing
+
+
+def test_exam_rows_keep_their_options_and_a_key_without_option_is_refused():
+    row = {"Question": "病因是", "Options": "A 甲\nB 乙\nC 丙", "Answer": "AC", "Explanation": "nan"}
+    prompt, answer = (message["content"] for message in exam_messages(row, "x"))
+    assert "A 甲\nB 乙\nC 丙" in prompt and "病因是" in prompt and answer == "答案：AC"
+    with pytest.raises(BadRow, match="row without an answer"):
+        exam_messages({**row, "Answer": "D"}, "x")
+
+
+def test_conversations_as_text_name_their_speakers():
+    two = [{"role": "user", "content": "咳嗽"}, {"role": "assistant", "content": "多喝水"}]
+    assert as_text({"messages": two, "where": "x"}) == {"text": "问：咳嗽\n答：多喝水", "where": "x"}
+    assert as_text({"messages": two * 2})["text"] == "患者：咳嗽\n医生：多喝水\n患者：咳嗽\n医生：多喝水"
+
+
+def test_a_record_says_what_the_labels_say_and_no_more(tmp_path):
+    turns = [
+        {"speaker": "患者", "sentence": "咳嗽，鼻塞", "normalized": ["咳嗽", "鼻塞"], "type": ["1", "1"]},
+        {"speaker": "医生", "sentence": "发热吗？是支气管炎", "normalized": ["发热", "支气管炎"], "type": ["0", "1"]},
+        {"speaker": "患者", "sentence": "不发热", "normalized": ["呕吐"], "type": ["2"]},
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"dialogue-content": turns}) + "\n" + json.dumps({"dialogue-content": turns[2:]}) + "\n")
+    refused = []
+    (row,) = record_rows(parse_sources(str(file))[0], lambda *place: refused.append(place[1]))
+    assert row["messages"][1]["content"] == (
+        "主诉：咳嗽、鼻塞。\n现病史：患者有咳嗽、鼻塞。否认呕吐。\n对话中提到的诊断：支气管炎。"
+    )
+    assert refused == ["dialogue without enough labelled symptoms"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tool
+
+
+def build(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, TOOL, *words], capture_output=True, text=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("data_card")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(tmp_path):
+    words = ("--recipe", "fictional", "--size", "60", "--passes", "2", "--seed", "5")
+    for name, num_proc in (("one", "1"), ("two", "2")):
+        result = build(*words, "--output_dir", str(tmp_path / name), "--num_proc", num_proc)
+        assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    card = json.loads((tmp_path / "one" / "data_card.json").read_text("utf-8"))
+    assert card["leaks"] == {"count": 0, "first": []} and card["graph"]["facts"] == 240
+    for entry in card["files"]:
+        rows = (tmp_path / "one" / entry["file"]).read_text("utf-8").splitlines()
+        assert len(rows) == entry["rows"] and sum(entry["groups"].values()) == entry["rows"]
+    for stage, schema in (("pretrain", "text"), ("sft", "conversation"), ("preference", "preference")):
+        assert sum(1 for _ in load_rows(str(tmp_path / "one" / stage), schema)) > 50
+    with open(tmp_path / "one" / "evaluation" / "exam.csv", encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0])[:4] == ["Question", "Options", "Answer", "Explanation"] and len(rows) == 240
+
+
+def test_own_files_are_mixed_in_cleaned_masked_and_freed_of_test_items(tmp_path):
+    (tmp_path / "g.csv").write_text(
+        "name,symptom,department\n甲型胃炎,上腹痛 反酸,消化内科\n乙型胃炎,腹胀 嗳气,消化内科\n", "utf-8"
+    )
+    leak = "成人稳定型心绞痛患者首选的口服抗血小板药物应当是下列哪一种"
+    texts = [
+        "<p>姓名：王小明，男，因反复上腹疼痛两个月到消化内科就诊。</p>",
+        f"试题集锦：{leak}，请同学们认真复习。",
+        "短",
+    ]
+    (tmp_path / "t.txt").write_text("\n".join(texts), "utf-8")
+    (tmp_path / "q.jsonl").write_text(
+        '{"question": "胃痛应该吃什么药比较好？", "answer": "先查明原因，不要自行用药。"}\n{"x": 1}\n', "utf-8"
+    )
+    (tmp_path / "e.csv").write_text(f'Question,Options,Answer\n{leak},"A 甲\nB 乙",A\n', "utf-8")
+    output = tmp_path / "out"
+    flags = {"graph": "g.csv", "text": "t.txt", "qa": "q.jsonl:2", "tests": "e.csv"}
+    words = [word for name, file in flags.items() for word in (f"--{name}", str(tmp_path / file))]
+    result = build(
+        *words, "--pii", "mask", "--output_dir", str(output), "--num_proc", "1", "--licences", f"{tmp_path}/t.txt=CC0"
+    )
+    assert result.returncode == 0, result.stderr
+    text = [json.loads(line)["text"] for line in (output / "pretrain" / "text.jsonl").read_text("utf-8").splitlines()]
+    assert text == ["姓名：[姓名]，男，因反复上腹疼痛两个月到消化内科就诊。"]
+    assert len((output / "sft" / "qa.jsonl").read_text("utf-8").splitlines()) == 2, "weight 2"
+    card = json.loads((output / "data_card.json").read_text("utf-8"))
+    assert card["cleaning"]["pretrain"]["dropped"] == {"holds a test item": 1, "too short": 1}
+    assert card["cleaning"]["pretrain"]["personal_data"] == {"name": 1} and card["refused"] == {"wrong schema": 1}
+    assert {s["path"]: s["licence"] for s in card["sources"]}[f"{tmp_path}/t.txt"] == "CC0"
+    reasons = [json.loads(line)["reason"] for line in (output / "dropped_rows.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(reasons) == ["holds a test item", "too short", "wrong schema"]
+    page = (output / "data_card.md").read_text("utf-8")
+    assert "holds a test item 1" in page and "No medical advice" in page
+
+
+@pytest.mark.parametrize(
+    ("recipe", "files"),
+    [
+        ("chimed", {"pretrain/article", "pretrain/qa_text", "pretrain/text", "sft/general", "pretrain/reading"}),
+        (
+            "qizhen",
+            {"sft/question", "sft/qa", "sft/dialogue", "sft/general", "pretrain/text", "sft/reverse", "sft/reading"},
+        ),
+    ],
+)
+def test_recipes_compose_the_stages_as_their_models_did(tmp_path, recipe, files):
+    qa = tmp_path / "q.jsonl"
+    qa.write_text('{"question": "胃痛应该吃什么药比较好？", "answer": "先查明原因，不要自行用药。"}\n', "utf-8")
+    general = tmp_path / "n.jsonl"
+    general.write_text(
+        '{"instruction": "写一句祝福的话送给朋友。", "output": "祝你每天都有好心情，事事顺利。"}\n', "utf-8"
+    )
+    text = tmp_path / "t.txt"
+    text.write_text("慢性胃炎是胃黏膜的慢性炎症，多与幽门螺杆菌感染有关。\n", "utf-8")
+    words = ("--recipe", recipe, "--graph", str(ROOT / "data" / "kg"), "--qa", str(qa), "--general", str(general))
+    result = build(
+        *words, "--text", str(text), "--output_dir", str(tmp_path / "out"), "--passes", "1", "--questions", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    made = {str(f.relative_to(tmp_path / "out").with_suffix("")) for f in (tmp_path / "out").rglob("*.jsonl")}
+    assert {name for name in made if name.split("/")[0] in ("pretrain", "sft", "preference")} == files
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "qwen"], "invalid choice: 'qwen'"),
+        (["--graph", "nowhere.csv"], "--graph: nowhere.csv not found"),
+        (["--size", "0", "--recipe", "fictional"], "--size: found 0, expected 1 or more"),
+        (["--reading", "1"], "--reading: found 1.0, expected a share from 0 to below 1"),
+        (["--groups", "A"], "--groups: found 'A', expected shares of A, B and C"),
+        (["--groups", "A:x"], "--groups: found 'A:x', expected shares of A, B and C"),
+        (["--groups", "A:0.5"], "--groups: found 'A:0.5', expected shares of A, B and C that sum to 1"),
+        (["--recipe", "fictional", "--graph", "x"], "--graph: the fictional recipe invents its graph"),
+        (["--recipe", "chimed"], "no source given"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(tmp_path, words, message):
+    result = build(*words, "--output_dir", str(tmp_path / "out"))
+    assert result.returncode == 2 and message in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.strip().split("\n")) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    result = build("--output_dir", str(tmp_path))
+    assert result.returncode == 2 and "holds precious.txt" in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_help_needs_no_library():
+    code = "import runpy, sys; sys.argv = [sys.argv[1], '--help']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-S", "-c", code, str(TOOL)], capture_output=True, text=True)
+    assert "--recipe" in result.stdout, result.stderr
+
+
+def test_a_graph_of_one_entity_is_no_reason_to_fail():
+    graph = Graph({"D1": Entity("D1", "胃炎", "疾病")}, [Fact("F1", "D1", "symptom", "上腹痛")])
+    source = prepare(graph)
+    assert len(list(article_rows("D1", source))) == 8 and len(list(question_rows("D1", source))) == 6
+    assert (
+        not list(exam_rows("D1", source))
+        and not list(choice_items("D1", source))
+        and not list(dialogue_rows("D1", source))
+    )
+    assert list(reading_rows(source, 3, "text")) and not list(reading_pair_rows(source, 3))
+    assert {row["fault"] for row in pair_rows("D1", source)} <= {"repetition", "unsafe advice"}
