@@ -11,14 +11,13 @@ output, not medical advice.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from suwen.arguments import run
+from suwen.network import check_address, is_loopback
 from suwen.prompts import with_system_prompt
 from suwen.serving import (
     Served,
@@ -73,24 +72,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--host {args.host}: anyone who can reach it could use the page; add --auth user:password")
     check_serving_flags(args)
     return args
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def check_port(host: str, port: int) -> None:
-    """Try the address before the model loads, which can take minutes."""
-    try:
-        [(family, kind, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}, expected a free address") from None
 
 
 def history_messages(history: list[dict]) -> list[dict]:
@@ -238,7 +219,7 @@ def build_page(served: Served, args: argparse.Namespace) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    check_port(args.host, args.port)
+    check_address(args.host, args.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     served = load_served(args)
     import gradio as gr

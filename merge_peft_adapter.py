@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.output_dir:
         raise ValueError("--output_dir: found nothing, expected a folder for the merged model")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.use_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     from suwen.merging import merge_adapters
 

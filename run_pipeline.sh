@@ -14,7 +14,7 @@ lora="--use_peft True --target_modules all --lora_rank 16 --lora_alpha 32"
 tiny="--max_length 256 --gradient_accumulation_steps 4 --logging_steps 20 --validation_split_fraction 0.15"
 pt_flags="--num_train_epochs 8 --learning_rate 2e-3 $tiny"
 sft_flags="--num_train_epochs 5 --learning_rate 2e-3 $tiny"
-dpo_flags="--num_train_epochs 2 --learning_rate 1e-3 --per_device_train_batch_size 4 $tiny $lora"
+dpo_flags="--num_train_epochs 2 --learning_rate 3e-4 --beta 0.3 $tiny $lora"
 if [ -n "${MODEL:-}" ]; then
     pt_flags="--num_train_epochs 1 $lora"
     sft_flags="--num_train_epochs 1 $lora"

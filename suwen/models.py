@@ -26,6 +26,9 @@ from suwen.lineage import (
     resolve_lineage,
 )
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns on stdout
+
 
 def load_tokenizer(path: str, template_name: str | None = None) -> Any:
     """Tokenizer with the chat template in place and a padding token.

@@ -184,8 +184,6 @@ def load_served(args: argparse.Namespace) -> Served:
     import torch
 
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns on stdout
     from transformers.utils import logging
 
     from suwen.encoding import ChatEncoder

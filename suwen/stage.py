@@ -77,8 +77,6 @@ LEARNING = {
 def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]:
     """What is settled before anything heavy: the model to start from, the precision, and the tokens in a row."""
     quiet_libraries()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
     if args.model.rope_scaling and args.data.max_length is None:
