@@ -98,6 +98,11 @@ class RunArguments:
     resume: str = flag(
         "auto", "auto: go on from the newest whole checkpoint; never: start anew; or a checkpoint folder"
     )
+    eval_tasks: str | None = flag(
+        None, "benchmarks that the result is asked, e.g. own or cmexam,huatuo (see evaluation.py), into <output>/eval"
+    )
+    eval_data_dir: str | None = flag(None, "files of these benchmarks; unset: the project's own small sets")
+    eval_task_samples: int | None = flag(None, "at most so many items of a benchmark, always the same")
 
 
 @dataclass
@@ -373,14 +378,14 @@ def parse_stage_arguments(
     namespace, rest = ours.parse_known_args(words)
     model, data, lora, run, *rest_of_them = split_dataclasses(namespace, *classes)
     run.output_dir = run.output_dir or os.path.join(model.outputs, stage)
-    check_combinations(model, data, lora)
+    check_combinations(model, data, lora, run)
     ours_alone = rest_of_them[0] if rest_of_them else None
     if isinstance(ours_alone, PreferenceArguments):
         check_preference(ours_alone)
     return StageArguments(stage, model, data, lora, run, ours_alone, rest, argv)
 
 
-def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArguments) -> None:
+def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArguments, run: RunArguments) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if model.quantization != "none" and not lora.use_peft:
         raise ValueError(
@@ -392,8 +397,8 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         raise ValueError(f"--max_length: found {data.max_length}, expected at least 8 tokens")
     if not 0 <= data.validation_split_fraction < 1:
         raise ValueError(f"--validation_split_fraction: found {data.validation_split_fraction}, expected 0 to below 1")
-    for name in ("max_train_samples", "max_eval_samples", "num_proc"):
-        value = getattr(data, name)
+    for name in ("max_train_samples", "max_eval_samples", "num_proc", "eval_task_samples"):
+        value = getattr(run if name == "eval_task_samples" else data, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: found {value}, expected at least 1")
     if lora.lora_rank < 1:

@@ -55,7 +55,7 @@ class Settings:
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def parse_tasks(names: str, protocol: str = "suwen") -> list[Task]:
+def parse_tasks(names: str, protocol: str = "suwen", flag: str = "--tasks") -> list[Task]:
     """ "cmexam,huatuo" as tasks; "own" stands for the project's own sets.
 
     The protocol cmexam_official scores CMExam by the published scorer beside ours.
@@ -66,7 +66,7 @@ def parse_tasks(names: str, protocol: str = "suwen") -> list[Task]:
     if unknown or not wanted:
         found = ", ".join(unknown) or "nothing"
         raise ValueError(
-            f"--tasks: found {found}, expected some of {', '.join(TASKS)}, or own for the project's own sets"
+            f"{flag}: found {found}, expected some of {', '.join(TASKS)}, or own for the project's own sets"
         )
     if protocol == "cmexam_official":
         if "cmexam" not in wanted:

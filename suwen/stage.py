@@ -16,6 +16,9 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 from suwen import attention
 from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference
+from suwen.encoding import ChatEncoder
+from suwen.evaluate import Settings, evaluate_stage, parse_tasks
+from suwen.generation import model_window
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
     describe_lineage,
@@ -37,6 +40,7 @@ from suwen.progress import (
     say,
 )
 from suwen.records import draw_curves, peak_memory_bytes, timestamp, versions, without_secrets, write_json
+from suwen.serving import Served
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
@@ -79,6 +83,8 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     quiet_libraries()
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
+    if args.run.eval_tasks:
+        parse_tasks(args.run.eval_tasks, flag="--eval_tasks")
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     make_output_dir(args.run.output_dir)
@@ -285,7 +291,24 @@ def run_stage(
     if main_process():
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
     finish(trainer, record, output, "run.json")
+    if args.run.eval_tasks and main_process():
+        evaluate_result(trainer, args, output, start)
     return record
+
+
+def evaluate_result(trainer: Any, args: StageArguments, output: Path, start: str) -> None:
+    """Ask the model that was just trained the benchmarks of --eval_tasks, and compare it with its start."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        say(f"spread over processes, not asked now: python evaluation.py --base_model {output} --tasks ...")
+        return
+    encoder = ChatEncoder(trainer.processing_class, thinking_mode(args.data.thinking))
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    served = Served(model, encoder, [str(output)], model_window(model))
+    settings = Settings(max_samples=args.run.eval_task_samples)
+    before = Path(start) / "eval"
+    evaluate_stage(
+        str(output), args.run.eval_tasks or "", output / "eval", before, args.run.eval_data_dir, None, settings, served
+    )
 
 
 def describe_run(

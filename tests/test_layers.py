@@ -16,8 +16,9 @@ LAYERS = [
     {"encoding", "packing", "preference", "metrics", "statistics", "head", "attention"},
     {"lineage", "rows"},
     {"models", "data", "retrieval.index"},
-    {"stage", "serving"},
+    {"serving"},
     {"evaluate", "api.server"},
+    {"stage"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -293,6 +293,20 @@ def test_a_run_without_held_out_rows_trains_and_says_so(base, tmp_path, capsys):
         supervised_finetuning.main(words)
 
 
+def test_the_result_is_asked_the_benchmarks_that_are_named_and_compared_with_its_start(base, tmp_path, capsys):
+    flags = ["--max_steps", "1", "--max_length", "256", "--eval_tasks", "facts,exam", "--eval_task_samples", "3"]
+    run_stage("pt", base, tmp_path, *flags)
+    assert not (tmp_path / "pt" / "eval" / "comparison.json").exists()
+    run_stage("sft", str(tmp_path / "pt"), tmp_path, *flags)
+    folder = tmp_path / "sft" / "eval"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert "exam" in json.dumps(results) and "facts" in json.dumps(results)
+    assert (folder / "comparison.json").is_file() and (folder / "report.html").is_file()
+    assert "exam" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--eval_tasks: found nonesuch"):
+        run_stage("sft", base, tmp_path, "--eval_tasks", "nonesuch")
+
+
 def test_a_run_that_diverges_saves_nothing(base, tmp_path):
     with pytest.raises(ValueError, match="loss is nan|NaN or infinity"):
         run_stage("sft", base, tmp_path, "--max_steps", "4", "--learning_rate", "1e30", "--warmup_steps", "0")
