@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layouts of models that need code from their folder: config.json and tensors, no code."""
+"""Tiny random checkpoints in the layouts of models that need code from their folder: config and tensors, no code."""
 
 from __future__ import annotations
 
@@ -65,30 +65,50 @@ def shapes(family: str, config: dict) -> dict[str, tuple[int, ...]]:
     vocabulary = config.get("padded_vocab_size") or config["vocab_size"]
     found: dict[str, tuple[int, ...]] = {}
     if family == "internlm2":
-        found = {"model.tok_embeddings.weight": (vocabulary, w), "model.norm.weight": (w,), "output.weight": (vocabulary, w)}
+        found = {
+            "model.tok_embeddings.weight": (vocabulary, w),
+            "model.norm.weight": (w,),
+            "output.weight": (vocabulary, w),
+        }
         rows = (HEADS + 2 * config["num_key_value_heads"]) * w // HEADS
         for i in range(layers):
             p = f"model.layers.{i}"
             found |= {f"{p}.attention.wqkv.weight": (rows, w), f"{p}.attention.wo.weight": (w, w)}
             found |= {f"{p}.feed_forward.w{n}.weight": (INNER, w) for n in (1, 3)}
-            found |= {f"{p}.feed_forward.w2.weight": (w, INNER), f"{p}.attention_norm.weight": (w,), f"{p}.ffn_norm.weight": (w,)}
+            found |= {
+                f"{p}.feed_forward.w2.weight": (w, INNER),
+                f"{p}.attention_norm.weight": (w,),
+                f"{p}.ffn_norm.weight": (w,),
+            }
             if config["bias"]:
                 found |= {f"{p}.attention.wqkv.bias": (rows,), f"{p}.attention.wo.bias": (w,)}
     elif family == "qwen":
-        found = {"transformer.wte.weight": (vocabulary, w), "transformer.ln_f.weight": (w,), "lm_head.weight": (vocabulary, w)}
+        found = {
+            "transformer.wte.weight": (vocabulary, w),
+            "transformer.ln_f.weight": (w,),
+            "lm_head.weight": (vocabulary, w),
+        }
         for i in range(layers):
             p = f"transformer.h.{i}"
             found |= {f"{p}.ln_1.weight": (w,), f"{p}.ln_2.weight": (w,), f"{p}.attn.c_attn.weight": (3 * w, w)}
             found |= {f"{p}.attn.c_attn.bias": (3 * w,), f"{p}.attn.c_proj.weight": (w, w)}
-            found |= {f"{p}.mlp.w1.weight": (INNER, w), f"{p}.mlp.w2.weight": (INNER, w), f"{p}.mlp.c_proj.weight": (w, INNER)}
+            found |= {
+                f"{p}.mlp.w1.weight": (INNER, w),
+                f"{p}.mlp.w2.weight": (INNER, w),
+                f"{p}.mlp.c_proj.weight": (w, INNER),
+            }
     elif family in ("chatglm2", "chatglm3", "glm4"):
         rows = (HEADS + 2 * config["multi_query_group_num"]) * config["kv_channels"]
-        found = {"transformer.embedding.word_embeddings.weight": (vocabulary, w), "transformer.rotary_pos_emb.inv_freq": (4,),
-                 "transformer.encoder.final_layernorm.weight": (w,), "transformer.output_layer.weight": (vocabulary, w)}  # fmt: skip
+        tables = ("embedding.word_embeddings", "output_layer")
+        found = {f"transformer.{table}.weight": (vocabulary, w) for table in tables}
+        found |= {"transformer.encoder.final_layernorm.weight": (w,), "transformer.rotary_pos_emb.inv_freq": (4,)}
         for i in range(layers):
             p = f"transformer.encoder.layers.{i}"
             found |= {f"{p}.{n}.weight": (w,) for n in ("input_layernorm", "post_attention_layernorm")}
-            found |= {f"{p}.self_attention.query_key_value.weight": (rows, w), f"{p}.self_attention.query_key_value.bias": (rows,)}
+            found |= {
+                f"{p}.self_attention.query_key_value.weight": (rows, w),
+                f"{p}.self_attention.query_key_value.bias": (rows,),
+            }
             found |= {f"{p}.self_attention.dense.weight": (w, w), f"{p}.mlp.dense_h_to_4h.weight": (2 * INNER, w)}
             found |= {f"{p}.mlp.dense_4h_to_h.weight": (w, INNER)}
     elif family == "chatglm":
@@ -96,13 +116,21 @@ def shapes(family: str, config: dict) -> dict[str, tuple[int, ...]]:
         found |= {f"transformer.final_layernorm.{p}": (w,) for p in ("weight", "bias")}
         for i in range(layers):
             p = f"transformer.layers.{i}"
-            found |= {f"{p}.{n}.{e}": (w,) for n in ("input_layernorm", "post_attention_layernorm") for e in ("weight", "bias")}
+            found |= {
+                f"{p}.{n}.{e}": (w,)
+                for n in ("input_layernorm", "post_attention_layernorm")
+                for e in ("weight", "bias")
+            }
             found[f"{p}.attention.rotary_emb.inv_freq"] = (4,)
             for name, rows, columns in (("attention.query_key_value", 3 * w, w), ("attention.dense", w, w),
                                         ("mlp.dense_h_to_4h", INNER, w), ("mlp.dense_4h_to_h", w, INNER)):  # fmt: skip
                 found |= {f"{p}.{name}.weight": (rows, columns), f"{p}.{name}.bias": (rows,)}
     else:
-        found = {"model.embed_tokens.weight": (vocabulary, w), "model.norm.weight": (w,), "lm_head.weight": (vocabulary, w)}
+        found = {
+            "model.embed_tokens.weight": (vocabulary, w),
+            "model.norm.weight": (w,),
+            "lm_head.weight": (vocabulary, w),
+        }
         first, second = ("ln1", "ln2") if family == "yi" else ("input_layernorm", "post_attention_layernorm")
         keys = w // HEADS * (config.get("num_key_value_heads") or HEADS)
         for i in range(layers):

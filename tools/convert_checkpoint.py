@@ -1,11 +1,11 @@
 """Convert a checkpoint whose architecture needs code from its folder to a class that needs none, once.
 
     python tools/convert_checkpoint.py --model_name_or_path Baichuan2-7B-Chat --output_dir baichuan2-7b --verify
-    python tools/convert_checkpoint.py --model_name_or_path my-lora --base_model baichuan2-7b --output_dir my-lora-converted
+    python tools/convert_checkpoint.py --model_name_or_path my-lora --base_model baichuan2-7b --output_dir new-lora
 
-Baichuan 1 and 2, InternLM2, Qwen 1, ChatGLM 1 to 3, GLM-4-9B (old layout), XVERSE, Yi, Orion and DeepSeek-MoE; any model of
-a native class with .bin weights becomes safetensors. The weights are read shard by shard and keep their precision, the
-tokenizer is checked line by line against the original, and nothing is written where something does not fit.
+Baichuan 1 and 2, InternLM2, Qwen 1, ChatGLM 1 to 3, GLM-4-9B (old layout), XVERSE, Yi, Orion and DeepSeek-MoE; a model
+of a native class with .bin weights becomes safetensors. The weights are read shard by shard and keep their precision,
+the tokenizer is checked line by line against the original, and nothing is written where something does not fit.
 """
 
 import os

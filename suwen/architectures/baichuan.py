@@ -51,9 +51,9 @@ class BaichuanConfig(PreTrainedConfig):
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """(heads,) slope of each head: 2^(-8k/n) for n heads; n no power of two: every second slope of the next one fills up.
+    """(heads,) slope of each head: 2^(-8k/n) for k = 1..n; beyond a power of two, every second one of the next series.
 
-    Press et al. 2022, section 3 and the authors' code.
+    Press et al. 2022, section 3, and the authors' code.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]

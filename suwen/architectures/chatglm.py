@@ -1,8 +1,8 @@
 """ChatGLM-6B, the first one: a prefix language model with two-dimensional rotary positions (GLM, Du et al. 2022,
 arXiv:2103.10360). No class of transformers holds it; later ChatGLMs are plain decoders and become Glm.
 
-A row is [prompt, [gMASK], <sop>, answer, <eop>]. What stands before <sop> sees itself in both directions. The first half
-of each head turns with the position, which counts through the context and then stays at the place of [gMASK]; the
+A row is [prompt, [gMASK], <sop>, answer, <eop>]. What stands before <sop> sees itself in both directions. The first
+half of each head turns with the position, which counts through the context and then stays at the place of [gMASK]; the
 second half with the block position, which is 0 in the context and counts 1, 2, ... from <sop> on. The mask and both
 positions are found from the ids, so that any batch with its padding on either side is right; packed rows are not, as
 one sequence has one context.
@@ -262,8 +262,8 @@ class PrefixCollator:
         config: of the model, for its control tokens.
 
     Raises:
-        ValueError: a row without <sop> or with several of them, or a label inside the context: the context sees itself in
-            both directions, so that a loss on it would teach copying.
+        ValueError: a row without <sop> or with several of them, or a label inside the context: the context sees itself
+            in both directions, so that a loss on it would teach copying.
     """
 
     def __init__(self, config: ChatGLMConfig) -> None:

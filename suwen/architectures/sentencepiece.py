@@ -1,7 +1,7 @@
 """A tokenizer that runs the sentencepiece library itself.
 
 For models whose pieces no other engine cuts alike: vocabularies merged as Chinese-LLaMA's, whose new pieces share one
-score, so that among them the leftmost pair wins; and ChatGLM-6B's, which spells line breaks and runs of blanks as pieces.
+score, so that among them the leftmost pair wins; and ChatGLM-6B's, which spells line breaks and runs of blanks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convert a checkpoint's tokenizer to one that needs no code, and check it line by line against the library that trained it.
+"""Convert a checkpoint's tokenizer to one that needs no code, and check it line by line against the original library.
 
 A sentencepiece model says itself how it treats blanks, prefixes and unknown bytes; nothing is assumed. Where the fast
 engine cannot cut alike (merged vocabularies whose pieces share a score), the sentencepiece library itself goes on doing
@@ -8,8 +8,8 @@ it. The tokenizer that is checked is the one that was written, loaded again; a s
 from __future__ import annotations
 
 import base64
-import json
 import random
+import shutil
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +17,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from suwen.conversion.families import Family
+from suwen.conversion.families import NATIVE, Family
 from suwen.conversion.weights import read_json
+from template import get_template
 
 Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
 SAMPLE_LINES = 1500
+NATIVE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                "chat_template.jinja", "vocab.json", "merges.txt")  # fmt: skip
 ODD_LINES = (
-    "", " ", "  ", "　全角 空格　", " 前面有空格", "后面有空格 ", "中  间  有  空  格", "\t制表\t符", "换\n行\n\n两次", "回车\r\n",
-    "剂量：0.5 mg/kg，每日３次；ＡＢＣ（全角）ﬁ ½ ① ㎎", "naïve café naïve é", "ß ſ İ ı", "😀👩‍⚕️🩺", "𠮷野家 㐂 龘",
-    "カタカナ ｶﾀｶﾅ 한국어 العربية עברית हिन्दी", "a\u200bb\u00a0c\ufeffd\u3000e", "...!!!？？？——……「」『』",
-    "def f(x):\n    return x ** 2\n", "https://example.org/a?b=c&d=%E4%BD%A0", "1234567890 3.14159 1,000,000", "▁ ▁▁a ▁",
-    "I'm you're we'll THEY'VE it's", "\x01\x7f控制符", "－1～2°C  ±  ≥  μg", "ＩＣＤ－１０：Ｉ１０.Ｘ００",
+    "", " ", "  ", "　全角 空格　", " 前面有空格", "后面有空格 ", "中  间  有  空  格", "\t制表\t符", "换\n行\n\n两次",
+    "回车\r\n", "剂量：0.5 mg/kg，每日３次；ＡＢＣ（全角）ﬁ ½ ① ㎎", "naïve café nai\u0308ve cafe\u0301", "ß ſ İ ı",
+    "😀👩‍⚕️🩺", "𠮷野家 㐂 龘", "カタカナ ｶﾀｶﾅ 한국어 العربية עברית हिन्दी", "a\u200bb\u00a0c\ufeffd\u3000e",
+    "...!!!？？？——……「」『』", "def f(x):\n    return x ** 2\n", "https://example.org/a?b=c&d=%E4%BD%A0",
+    "1234567890 3.14159 1,000,000", "▁ ▁▁a ▁", "I'm you're we'll THEY'VE it's", "\x01\x7f控制符",
+    "－1～2°C  ±  ≥  μg", "ＩＣＤ－１０：Ｉ１０.Ｘ００",
 )  # fmt: skip
 # The text is cut by these patterns before tiktoken merges bytes (Qwen's and GLM-4's published tokenizer code).
 TIKTOKEN_PATTERN = (
@@ -76,6 +81,11 @@ def convert_tokenizer(folder: Path, target: Path, family: Family, lines: list[st
     ranks = next(iter(sorted(folder.glob("*.tiktoken"))), None)
     if model is not None and is_tiktoken(model):
         model, ranks = None, model
+    complete = [path for path in (folder / name for name in NATIVE_FILES) if path.is_file()]
+    if family is NATIVE and any(path.name in ("tokenizer.json", "vocab.json") for path in complete):
+        for path in complete:
+            shutil.copyfile(path, target / path.name)
+        return "tokenizer: copied as it is"
     if ranks is not None:
         return convert_tiktoken(folder, ranks, target, family, lines)
     if model is not None:
@@ -85,8 +95,8 @@ def convert_tokenizer(folder: Path, target: Path, family: Family, lines: list[st
     settings = read_json(folder / "tokenizer_config.json")
     if settings:
         raise ValueError(
-            f"{folder}: tokenizer class {settings.get('tokenizer_class')!r} comes without tokenizer.model, *.tiktoken or "
-            "tokenizer.json, expected one of them; take it from the model's page"
+            f"{folder}: tokenizer class {settings.get('tokenizer_class')!r} comes without tokenizer.model, *.tiktoken "
+            "or tokenizer.json, expected one of them; take it from the model's page"
         )
     return None
 
@@ -120,10 +130,12 @@ def read_source(folder: Path, family: Family, pieces: list[str], control: dict[i
     control = dict(control)
     added = {int(key): value["content"] for key, value in settings.get("added_tokens_decoder", {}).items()}
     added |= {value: key for key, value in read_json(folder / "added_tokens.json").items()}
-    known = set(pieces)
     control |= added
+    place = {piece: i for i, piece in enumerate(pieces)}
+    spoken = get_template(family.template).special_tokens if family.template else ()
+    control |= {place[token]: token for token in [*names.values(), *spoken] if token in place}
     for token in listed_control(folder, family):
-        if token not in known and token not in control.values():
+        if token not in place and token not in control.values():
             control[max([len(pieces) - 1, *control]) + 1] = token
     return Source(
         control=dict(sorted(control.items())),
@@ -187,7 +199,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
     problem = "the text is spelt anew before it is cut" if source.spelling else None
     if problem is None:
         save(fast_from_proto(proto, source), target, source, family)
-        problem = first_difference(target, tried, reference, lambda ids: processor.decode(ids))
+        problem = first_difference(target, tried, reference, processor.decode, processor.unk_id())
         if problem is None:
             return (
                 f"tokenizer: sentencepiece model of {len(pieces)} pieces, as a fast tokenizer; {len(tried)} lines agree"
@@ -206,7 +218,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
         if tokenizer.convert_tokens_to_ids(token) != token_id:
             raise ValueError(f"{folder}: token {token!r} should have id {token_id}; ids with gaps are not supported")
     save(tokenizer, target, source, family)
-    if again := first_difference(target, tried, reference, None):
+    if again := first_difference(target, tried, reference):
         raise ValueError(f"{folder}: no engine reproduces this tokenizer: {again}")
     return (
         f"tokenizer: sentencepiece model of {len(pieces)} pieces, cut by the sentencepiece library itself, as the fast "
@@ -337,7 +349,7 @@ def convert_tiktoken(folder: Path, path: Path, target: Path, family: Family, lin
         return encoding.encode_ordinary(unicodedata.normalize("NFC", line) if family.name == "qwen" else line)
 
     tried = [line for line in test_lines(lines) if not any(token in line for token in source.control.values())]
-    problem = first_difference(target, tried, reference, lambda ids: encoding.decode(ids))
+    problem = first_difference(target, tried, reference, encoding.decode)
     if problem:
         raise ValueError(f"{folder}: the converted tokenizer differs from tiktoken: {problem}")
     return f"tokenizer: tiktoken file of {len(ranks)} tokens, as a fast tokenizer; {len(tried)} lines agree"
@@ -417,35 +429,39 @@ def test_lines(lines: list[str]) -> list[str]:
 
 
 def piece_lines(proto: Any, count: int = 500) -> list[str]:
-    """Lines of random pieces: where pieces overlap, a wrong order of merges shows."""
+    """Lines of random pieces: where pieces overlap, a wrong order of merges shows.
+
+    User-defined words stand in lines of their own; names in brackets are control tokens, which no text holds.
+    """
     pieces = [piece.piece.replace("▁", " ") for piece in proto.pieces if piece.type == 1]
     draw = random.Random(7)
-    return ["".join(draw.choices(pieces, k=12)) for _ in range(count)]
+    words = [piece.piece for piece in proto.pieces if piece.type == 4 and piece.piece[0] not in "<["]
+    return ["".join(draw.choices(pieces, k=12)) for _ in range(count)] + [f"用{word}来" for word in words[:count]]
 
 
 def first_difference(
-    target: Path, lines: list[str], reference: Encode, decode: Callable[[list[int]], str] | None
+    target: Path, lines: list[str], reference: Encode, decode: Decode | None = None, unknown: int = -1
 ) -> str | None:
-    """The first line on which the written tokenizer and the reference differ, in words; None if there is none."""
+    """The first line on which the written tokenizer and the reference differ, in words; None if there is none.
+
+    Args:
+        decode: of the reference; None compares the ids alone.
+        unknown: id of the unknown token, whose text is lost in both.
+    """
     from transformers import AutoTokenizer
 
     import suwen.architectures  # noqa: F401  (registers its classes)
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    different = 0
-    first = None
+    differences = []
     for line in lines:
         expected = reference(line)
         found = tokenizer(line, add_special_tokens=False)["input_ids"]
         if found != expected:
-            different += 1
-            where = next(
-                (i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
-                min(len(found), len(expected)),
-            )
-            cut = [tokenizer.convert_ids_to_tokens(ids[where : where + 2]) for ids in (expected, found)]
-            first = first or f"{json.dumps(line[:40], ensure_ascii=False)}: {cut[0]} became {cut[1]}"
-        elif decode and (text := tokenizer.decode(found, skip_special_tokens=False)) != (original := decode(expected)):
-            different += 1
-            first = first or f"{original[:40]!r} is decoded as {text[:40]!r}"
-    return f"{different} of {len(lines)} lines, first {first}" if first else None
+            pairs = enumerate(zip(found, expected, strict=False))
+            at = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(found), len(expected)))
+            was, became = (tokenizer.convert_ids_to_tokens(ids[at : at + 2]) for ids in (expected, found))
+            differences.append(f"{line[:40]!r}: {was} became {became}")
+        elif decode and unknown not in expected and (text := tokenizer.decode(found)) != decode(expected):
+            differences.append(f"{decode(expected)[:40]!r} is decoded as {text[:40]!r}")
+    return f"{len(differences)} of {len(lines)} lines, first {differences[0]}" if differences else None

@@ -143,7 +143,7 @@ class ShardWriter:
         """Give the files their names, and write the index if there are several."""
         if self.pending:
             self._flush()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.files):
             name = "model.safetensors"
             if len(self.files) > 1:
