@@ -23,7 +23,7 @@ LAYERS = [
     {"embedded", "encoding", "packing", "trainers"},
     {"conversion"},
     {"models", "parallel", "prompts", "rows", "scoring", "generation"},
-    {"adapters", "data"},
+    {"adapters", "data", "vocabulary"},
     {"merging"},
     {"serving", "stage"},
 ]

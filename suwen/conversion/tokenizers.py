@@ -137,12 +137,15 @@ def read_source(folder: Path, family: Family, pieces: list[str], control: dict[i
     for token in listed_control(folder, family):
         if token not in place and token not in control.values():
             control[max([len(pieces) - 1, *control]) + 1] = token
+    template = settings.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return Source(
         control=dict(sorted(control.items())),
         names=names,
-        prefix=[],
-        chat_template=settings.get("chat_template") if isinstance(settings.get("chat_template"), str) else None,
-        spelling={},
+        prefix=settings.get("prefix_tokens") or [],
+        chat_template=template if isinstance(template, str) else None,
+        spelling=settings.get("spelling") or {},
     )
 
 
@@ -188,7 +191,9 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
     if family.name in ("chatglm2", "chatglm3"):
         source.prefix = ["[gMASK]", "sop"]
         source.names |= {"pad_token": source.names.get("unk_token", pieces[0])}
-    elif settings.get("add_bos_token", settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")):
+    elif "prefix_tokens" not in settings and settings.get(
+        "add_bos_token", settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    ):
         source.prefix = [source.names["bos_token"]]
 
     def reference(text: str) -> list[int]:
@@ -201,6 +206,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
         save(fast_from_proto(proto, source), target, source, family)
         problem = first_difference(target, tried, reference, processor.decode, processor.unk_id())
         if problem is None:
+            (target / "tokenizer.model").write_bytes(proto.SerializeToString())  # for programs that read it instead
             return (
                 f"tokenizer: sentencepiece model of {len(pieces)} pieces, as a fast tokenizer; {len(tried)} lines agree"
             )
