@@ -92,8 +92,12 @@ def learn_pieces(texts: Sequence[str], vocabulary_size: int, longest: int) -> li
 
 
 def rank_pieces(candidates: Iterable[str], texts: Sequence[str], tokenizer: Any, min_frequency: int) -> list[Piece]:
-    """Candidates that save tokens, those that save most first; counted as longest matches from the left."""
-    costs = {text: len(sub_tokens(tokenizer, text)) for text in dict.fromkeys(candidates)}
+    """Candidates that save tokens, those that save most first; counted as longest matches from the left.
+
+    A piece that is part of a longer token is left out: as an added token it would be found first, and cut that one apart.
+    """
+    parts = inner_parts(tokenizer)
+    costs = {text: len(sub_tokens(tokenizer, text)) for text in dict.fromkeys(candidates) if text not in parts}
     costs = {text: cost for text, cost in costs.items() if cost > 1}
     longest = max(map(len, costs), default=0)
     counts: Counter[str] = Counter()
@@ -108,6 +112,19 @@ def rank_pieces(candidates: Iterable[str], texts: Sequence[str], tokenizer: Any,
                 at += size or 1
     found = [Piece(text, count, costs[text]) for text, count in counts.items() if count >= min_frequency]
     return sorted(found, key=lambda piece: (-piece.saved, piece.text))
+
+
+def inner_parts(tokenizer: Any) -> set[str]:
+    """Every shorter part of the tokens that are runs of Chinese characters."""
+    ids = range(len(tokenizer))
+    texts = {text for text in tokenizer.batch_decode([[token_id] for token_id in ids]) if HAN_RUN.fullmatch(text)}
+    return {
+        text[start:end]
+        for text in texts
+        for start in range(len(text))
+        for end in range(start + 1, len(text) + 1)
+        if end - start < len(text)
+    }
 
 
 def sub_tokens(tokenizer: Any, text: str) -> list[int]:

@@ -86,6 +86,8 @@ def test_pieces_are_ranked_by_the_tokens_they_save():
     assert counts["瘘管"] == 2 and counts["脉"] == 2
     assert [piece.saved for piece in ranked] == sorted((piece.saved for piece in ranked), reverse=True)
     assert rank_pieces(["瘘管"], ["瘘管"], tokenizer, 2) == []
+    assert "血压" in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    assert rank_pieces(["压"], ["压痛"], tokenizer, 1) == [], "a part of a token would cut it apart"
 
 
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
