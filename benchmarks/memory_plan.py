@@ -38,20 +38,29 @@ class Point:
     bf16: bool = False
     accumulation: int = 1
     rank: int = 8
-    family: str = "llama"
 
 
 _FIRST = (256, 704, 4, 4, 2, 2000, 256, 2)
 FITTED = [Point(*_FIRST, method, ck, bf) for method in ("full", "lora") for bf in (False, True) for ck in (False, True)]
+FITTED += [  # wide models, where the layers and not the loss head decide
+    Point(1536, 4096, 2, 12, 12, 500, 512, 1, "full", checkpointing=True, accumulation=2),
+    Point(2048, 5632, 2, 16, 16, 500, 512, 2, "lora", checkpointing=True),
+    Point(1024, 2816, 2, 16, 16, 500, 512, 1, "full"),
+    Point(512, 1408, 4, 8, 2, 1000, 256, 2, "lora4", rank=16),
+]
 UNSEEN = [
     Point(512, 1408, 6, 8, 8, 1000, 384, 3, "full"),
     Point(384, 1024, 8, 6, 3, 4000, 512, 2, "full", bf16=True),
     Point(512, 1408, 8, 8, 2, 1000, 512, 4, "full", checkpointing=True, accumulation=2),
     Point(384, 1536, 6, 6, 6, 3000, 256, 4, "full", checkpointing=True, bf16=True, accumulation=2),
     Point(512, 1408, 6, 8, 2, 1500, 384, 2, "lora", accumulation=2, rank=16),
-    Point(384, 1024, 10, 6, 2, 1000, 512, 3, "lora", bf16=True),
+    Point(256, 768, 6, 4, 2, 1000, 256, 2, "lora", bf16=True),
     Point(512, 2048, 12, 8, 8, 1000, 512, 4, "lora", checkpointing=True),
-    Point(512, 1408, 8, 8, 2, 1000, 512, 2, "lora4", rank=16),
+    Point(384, 1024, 6, 6, 2, 1200, 384, 2, "lora4", checkpointing=True),
+    Point(768, 2048, 4, 12, 4, 800, 256, 2, "lora4", rank=4),
+    Point(1280, 3456, 3, 10, 5, 500, 384, 2, "full", checkpointing=True, accumulation=2),
+    Point(2048, 6144, 3, 16, 4, 500, 384, 2, "lora", checkpointing=True),
+    Point(1280, 3456, 2, 10, 10, 500, 256, 1, "full"),
 ]
 
 
@@ -61,7 +70,7 @@ def measure(point: Point) -> int:
     from datasets import Dataset
     from peft import LoraConfig
     from torch.profiler import ProfilerActivity, profile
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig
 
     from suwen.embedded import build_embedded_model
@@ -92,6 +101,9 @@ def measure(point: Point) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             if point.method == "lora4":
                 model = load_base(folder + "/base", "auto", "4bit", torch.float32, "cpu")
+                for parameter in model.parameters():  # what is not quantised keeps the whole file mapped: no allocation
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.clone()
             else:
                 model = AutoModelForCausalLM.from_config(config_of(point))
                 model = model.to(torch.bfloat16) if point.bf16 and lora is not None else model
@@ -99,7 +111,6 @@ def measure(point: Point) -> int:
                 model=model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora
             )
             trainer.train()
-    del AutoConfig
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
@@ -123,11 +134,17 @@ def predict(point: Point) -> float:
     from suwen.memory import Setting, plan_memory, shape_of
 
     setting = Setting(
-        use_peft=point.method != "full", lora_rank=point.rank, quantization="4bit" if point.method == "lora4" else "none",
-        precision="bf16" if point.bf16 else "fp32", tokens=point.tokens, batch=point.batch,
-        gradient_accumulation_steps=point.accumulation, gradient_checkpointing=point.checkpointing, device="cpu",
+        use_peft=point.method != "full",
+        lora_rank=point.rank,
+        quantization="4bit" if point.method == "lora4" else "none",
+        precision="bf16" if point.bf16 else "fp32",
+        tokens=point.tokens,
+        batch=point.batch,
+        gradient_accumulation_steps=point.accumulation,
+        gradient_checkpointing=point.checkpointing,
+        device="cpu",
         trained_share=(point.tokens - 1) / point.tokens,
-    )  # fmt: skip
+    )
     return plan_memory(shape_of(config_of(point)), setting).total
 
 
@@ -142,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
 
     quiet_libraries()
     groups = {"fitted": FITTED, "unseen": UNSEEN}
-    print("set     method precision   h    f  layers  heads   V    tokens   checkpointing accumulation  planned  measured")
+    print(
+        "set     method precision   h    f  layers  heads   V    tokens   checkpointing accumulation  planned  measured"
+    )
     for name, points in groups.items():
         if args.set not in (name, "all"):
             continue
@@ -151,11 +170,13 @@ def main(argv: list[str] | None = None) -> None:
             planned, measured = predict(point), measure(point)
             off = planned / measured - 1
             worst = max(worst, abs(off))
+            model = (
+                f"{point.hidden:>5} {point.inner:>5} {point.layers:>4}   {point.heads:>2}/{point.key_value_heads:<2}"
+            )
+            steps = f"{point.batch:>3}x{point.tokens:<5} {'yes' if point.checkpointing else 'no':>7}"
             print(
-                f"{name:<7} {point.method:<6} {'bf16' if point.bf16 else 'fp32':<7} {point.hidden:>5} {point.inner:>5} "
-                f"{point.layers:>4}   {point.heads:>2}/{point.key_value_heads:<2} {point.vocabulary:>6} "
-                f"{point.batch:>3}x{point.tokens:<5} {'yes' if point.checkpointing else 'no':>7} {point.accumulation:>12} "
-                f"{planned / 1e6:>10.1f} {measured / 1e6:>8.1f} MB {off:+7.1%}",
+                f"{name:<7} {point.method:<6} {'bf16' if point.bf16 else 'fp32':<7} {model} {point.vocabulary:>6} "
+                f"{steps} {point.accumulation:>12} {planned / 1e6:>10.1f} {measured / 1e6:>8.1f} MB {off:+7.1%}",
                 flush=True,
             )
         print(f"{name}: largest deviation {worst:.1%}")

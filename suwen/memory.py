@@ -16,8 +16,8 @@ the parts follow from what this toolkit's trainers do:
   logits.
 
 The peak is the largest of three moments: the start of the backward pass (all activations, the head's tiles), the
-recomputation of a layer, and its end (all gradients). Sharding follows ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
-The allocator's rounding and fragmentation come on top on GPUs as one allowance, which is shown as its own line.
+recomputation of a layer, and its end (all gradients). Sharding follows ZeRO (Rajbhandari et al. 2020,
+arXiv:1910.02054). The allocator's rounding and fragmentation come on top on GPUs as one allowance, a line of its own.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ QUANTIZED_BITS = {"8bit": 8.0, "4bit": 4 + 8 / 64 + 32 / (64 * 256), "2bit": 2 +
 FRAGMENTATION = 0.05  # of all allocated bytes, on GPUs
 CONTEXT_BYTES = 600_000_000  # CUDA context and libraries' work space, a process
 
-# Sizes that people call by name: configs of the models that the names stand for
-_LLAMA = {"model_type": "llama", "vocab_size": 32000}
-SIZES: dict[str, dict[str, Any]] = {
-    "7B": _LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13B": _LLAMA | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "30B": _LLAMA | {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
-    "70B": _LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-                     "num_key_value_heads": 8},
-    "110B": {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 49152,
-             "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
-    "8x7B": {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8},
-    "8x22B": {"model_type": "mixtral", "vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384,
-              "num_hidden_layers": 56, "num_attention_heads": 48, "num_key_value_heads": 8, "num_local_experts": 8},
-}  # fmt: skip
+
+def _decoder(
+    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, **more: int
+) -> dict[str, Any]:
+    return {"model_type": kind, "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads, **more}  # fmt: skip
+
+
+# Sizes that people call by name: LLaMA, LLaMA-2-70B, Qwen1.5-110B and Mixtral
+SIZES = {
+    "7B": _decoder("llama", 32000, 4096, 11008, 32, 32),
+    "13B": _decoder("llama", 32000, 5120, 13824, 40, 40),
+    "30B": _decoder("llama", 32000, 6656, 17920, 60, 52),
+    "70B": _decoder("llama", 32000, 8192, 28672, 80, 64, num_key_value_heads=8),
+    "110B": _decoder("qwen2", 152064, 8192, 49152, 80, 64, num_key_value_heads=8),
+    "8x7B": _decoder("mixtral", 32000, 4096, 14336, 32, 32, num_key_value_heads=8, num_local_experts=8),
+    "8x22B": _decoder("mixtral", 32768, 6144, 16384, 56, 48, num_key_value_heads=8, num_local_experts=8),
+}
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,11 @@ def shape_of(config: Any) -> Shape:
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"config: {str(error).splitlines()[0]}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is None or bool(config.tie_word_embeddings)
+    tied = head is None or head.weight is embedding.weight
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     experts = [p for p in model.parameters() if p.ndim == 3]
     stacks = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    stacked = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     heads = getattr(text, "num_attention_heads", 1)
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_value = size * (getattr(text, "num_key_value_heads", None) or heads)
@@ -141,19 +144,21 @@ def shape_of(config: Any) -> Shape:
     inner = getattr(text, "intermediate_size", None) or getattr(text, "inner_hidden_size", None) or 4 * text.hidden_size
     if active := getattr(text, "num_experts_per_tok", None):
         one = getattr(text, "moe_intermediate_size", None) or inner
-        shared = getattr(text, "shared_expert_intermediate_size", None) or one * (getattr(text, "n_shared_experts", 0) or 0)
+        shared = getattr(text, "shared_expert_intermediate_size", None) or one * (
+            getattr(text, "n_shared_experts", 0) or 0
+        )
         inner = active * one + shared
     return Shape(
-        total=sum(p.numel() for p in model.parameters()) - (head.weight.numel() if tied and head is not None and head.weight is not embedding.weight else 0),
+        total=sum(p.numel() for p in model.parameters()),
         embedding=embedding.weight.numel(),
         head=0 if tied else head.weight.numel(),
         linear=sum(m.weight.numel() for m in linears),
         experts=sum(p.numel() for p in experts),
         rows=sum(m.weight.shape[0] for m in linears),
         largest=max((m.weight.numel() for m in linears), default=0),
-        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in stacked),
         lora_features=sum(sum(m.weight.shape) for m in linears) + sum(p.shape[0] * sum(p.shape[1:]) for p in experts),
-        layers=len(layers),
+        layers=len(stacked),
         hidden=text.hidden_size,
         query=size * heads,
         key_value=key_value,
@@ -165,7 +170,7 @@ def shape_of(config: Any) -> Shape:
 def layer_bytes_per_token(shape: Shape, setting: Setting) -> int:
     """Bytes that autograd saves for one token in one layer.
 
-    h is the hidden width, q that of all queries, k of all keys, f of the MLP; e the bytes of a number in the arithmetic:
+    h is the hidden width, q that of all queries, k of all keys, f of the MLP; e the bytes of a number in arithmetic:
 
     - norms: their float32 input, twice h; with trained weights also the normalised input, twice h;
     - inputs of the projections: trained in float32 one for q, k, v and one for gate, up (2h); under autocast a copy for
@@ -238,7 +243,9 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
     layer = tokens * layer_bytes_per_token(shape, setting)
     residual = tokens * shape.hidden * (e if setting.use_peft or full16 else 4)
     # The 16-bit copies that autocast makes of trained float32 matrices, outside the head.
-    copies = 0.0 if trained_bytes == 2 or e == 4 else 2.0 * (trained if setting.use_peft else shape.linear + shape.experts)
+    copies = (
+        0.0 if trained_bytes == 2 or e == 4 else 2.0 * (trained if setting.use_peft else shape.linear + shape.experts)
+    )
     copies_in_layer = copies / shape.layers if setting.gradient_checkpointing else 0.0
     if setting.gradient_checkpointing:
         copies = 0.0
@@ -248,24 +255,17 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
     flowing = tokens * (3 * shape.inner * e + 2 * shape.hidden * 4)
     dequantised = shape.largest * e if setting.quantization != "none" else 0.0
 
+    during = gradients if kept else 0.0
+    one = layer if setting.gradient_checkpointing else 0.0
     moments = {
-        "start of the backward pass": {
-            "gradients": gradients if kept else 0.0, "activations": stored, "16-bit copies of weights": copies,
-            "loss head": head,
-        },
-        "recomputation of a layer": {
-            "gradients": gradients if kept else 0.0, "activations": stored + (layer if setting.gradient_checkpointing else 0),
-            "16-bit copies of weights": copies + copies_in_layer, "work space": flowing + dequantised,
-        },
-        "end of the backward pass": {
-            "gradients": gradients, "activations": residual + (layer if setting.gradient_checkpointing else 0),
-            "16-bit copies of weights": copies + copies_in_layer, "work space": flowing + dequantised,
-        },
-    }  # fmt: skip
-    if setting.gradient_checkpointing and not kept:
-        moments["recomputation of a layer"]["gradients"] = 0.0
-    moment, moving = max(moments.items(), key=lambda item: sum(item[1].values()))
-    parts = {**fixed, **moving, "gathered layers": gathered, "gradient buckets": buckets}
+        "start of the backward pass": (during, stored, copies, head),
+        "recomputation of a layer": (during, stored + one, copies + copies_in_layer, flowing + dequantised),
+        "end of the backward pass": (gradients, residual + one, copies + copies_in_layer, flowing + dequantised),
+    }
+    moment, moving = max(moments.items(), key=lambda item: sum(item[1]))
+    work = "loss head" if moment == "start of the backward pass" else "work space of a layer"
+    names = ("gradients", "activations", "16-bit copies of weights", work)
+    parts = {**fixed, **dict(zip(names, moving, strict=True)), "gathered layers": gathered, "gradient buckets": buckets}
     if setting.device == "cuda":
         parts["fragmentation allowance"] = FRAGMENTATION * sum(parts.values())
         parts["CUDA context"] = CONTEXT_BYTES
@@ -310,18 +310,19 @@ def head_bytes(shape: Shape, setting: Setting) -> float:
 def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Settings that need less, each with the flags that give it, from what costs least in speed and quality."""
     change = dataclasses.replace
+    said: list[str] = []
     if not setting.gradient_checkpointing:
         setting = change(setting, gradient_checkpointing=True)
-        yield "--gradient_checkpointing True", setting
-    said = ["--gradient_checkpointing True"]
+        said.append("--gradient_checkpointing True")
+        yield said[0], setting
     if setting.batch > 1:
         setting = change(setting, batch=1)
         said.append("--per_device_train_batch_size 1")
         yield " ".join(said), setting
     if setting.num_gpus > 1:
-        for sharding, name in (("zero2", "zero2"), ("zero3", "zero3")):
+        for sharding in ("zero2", "zero3"):
             if setting.quantization == "none" and setting.sharding in ("none", "ddp", "zero1", "zero2"):
-                yield f"CONFIG={name} " + " ".join(said), change(setting, sharding=sharding)
+                yield " ".join([f"CONFIG={sharding}", *said]), change(setting, sharding=sharding)
     if not setting.use_peft:
         if setting.precision == "bf16":
             yield " ".join([*said, "--pure_bf16 True"]), change(setting, pure_bf16=True)

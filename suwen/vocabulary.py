@@ -94,7 +94,7 @@ def learn_pieces(texts: Sequence[str], vocabulary_size: int, longest: int) -> li
 def rank_pieces(candidates: Iterable[str], texts: Sequence[str], tokenizer: Any, min_frequency: int) -> list[Piece]:
     """Candidates that save tokens, those that save most first; counted as longest matches from the left.
 
-    A piece that is part of a longer token is left out: as an added token it would be found first, and cut that one apart.
+    A piece that is part of a longer token is left out: as an added token it would be found first and cut that one.
     """
     parts = inner_parts(tokenizer)
     costs = {text: len(sub_tokens(tokenizer, text)) for text in dict.fromkeys(candidates) if text not in parts}

@@ -16,6 +16,7 @@ LAYERS = [
         "check_environment",
         "formats",
         "generation_settings",
+        "memory",
         "readers",
         "records",
         "sampling",
