@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from suwen.embedded import sample_texts
 
 WIDTH, INNER, LAYERS, HEADS, VOCABULARY, WINDOW = 96, 160, 2, 4, 320, 64
 
@@ -192,3 +198,19 @@ def write_original(
             save_file(part, folder / file, metadata={"format": "pt"})
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return config, tensors
+
+
+@lru_cache
+def train_sentencepiece(lines: int = 600, **flags) -> bytes:
+    """A sentencepiece model of at most 2500 pieces, learnt from the project's samples."""
+    flags = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+    options = {"vocab_size": 2500, "model_type": "bpe", "character_coverage": 0.98, "byte_fallback": True,
+               "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "num_threads": 1,
+               "minloglevel": 2, "hard_vocab_limit": False, "split_by_unicode_script": False}  # fmt: skip
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line.replace("\n", " ") for line in islice(sample_texts(), lines)),
+        model_writer=model,
+        **options | flags,
+    )
+    return model.getvalue()

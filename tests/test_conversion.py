@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from old_checkpoints import CONFIGS, RECOGNISED, shapes, write_original
+from old_checkpoints import CONFIGS, RECOGNISED, shapes, train_sentencepiece, write_original
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -338,6 +338,26 @@ def test_a_native_checkpoint_in_bin_files_becomes_safetensors(tmp_path):
     convert(tmp_path / "old", tmp_path / "new")
     ids = torch.arange(10)[None]
     torch.testing.assert_close(load(tmp_path / "new")(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+
+def test_a_converted_chat_model_stops_at_its_own_tokens_and_answers_through_the_toolkit(tmp_path):
+    from suwen.encoding import ChatEncoder
+    from suwen.models import load_causal_lm, load_tokenizer
+
+    model = train_sentencepiece(user_defined_symbols=("<|im_start|>", "<|im_end|>"))
+    write_original(tmp_path / "old", "internlm2", "bin", vocab_size=2528)
+    (tmp_path / "old" / "tokenizer.model").write_bytes(model)
+    settings = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "old" / "generation_config.json").write_text(json.dumps({"top_p": 0.8, "chat_format": "raw"}))
+    convert(tmp_path / "old", tmp_path / "new", verify=True)
+    tokenizer = load_tokenizer(str(tmp_path / "new"), "auto")
+    encoder = ChatEncoder(tokenizer)
+    loaded = load_causal_lm(str(tmp_path / "new")).eval()
+    assert set(encoder.stop_token_ids) <= set(loaded.generation_config.eos_token_id)
+    assert loaded.generation_config.top_p == 0.8
+    prompt = torch.tensor([encoder.encode_prompt([{"role": "user", "content": "发热怎么办？"}])])
+    assert loaded.generate(prompt, max_new_tokens=3, min_new_tokens=3).shape[1] == prompt.shape[1] + 3
 
 
 def test_every_tensor_of_every_family_has_exactly_one_rule():

@@ -1,7 +1,6 @@
 """Converted tokenizers cut every line as the library that trained them; what no engine reproduces is refused."""
 
 import base64
-import io
 import json
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from old_checkpoints import train_sentencepiece as train
 from transformers import AutoTokenizer
 
 import suwen.architectures  # noqa: F401  (registers its classes)
@@ -21,20 +21,6 @@ from suwen.encoding import ChatEncoder
 
 TEXT = [line.replace("\n", " ") for line in list(sample_texts())[:600]]
 HELD_OUT = list(sample_texts())[600:1200]
-
-
-@lru_cache
-def train(lines: int = 600, **flags) -> bytes:
-    """A sentencepiece model of about 1200 pieces, learnt from the project's samples."""
-    flags = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in flags.items()}
-    options = {"vocab_size": 2500, "model_type": "bpe", "character_coverage": 0.98, "byte_fallback": True,
-               "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "num_threads": 1,
-               "minloglevel": 2, "hard_vocab_limit": False, "split_by_unicode_script": False}  # fmt: skip
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT[:lines]), model_writer=model, **options | flags
-    )
-    return model.getvalue()
 
 
 def folder_with(tmp_path: Path, model: bytes, name: str = "tokenizer.model", **settings) -> Path:

@@ -16,6 +16,7 @@ LAYERS = [
         "check_environment",
         "formats",
         "generation_settings",
+        "lora_targets",
         "memory",
         "readers",
         "records",

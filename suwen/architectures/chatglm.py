@@ -5,7 +5,7 @@ A row is [prompt, [gMASK], <sop>, answer, <eop>]. What stands before <sop> sees 
 half of each head turns with the position, which counts through the context and then stays at the place of [gMASK]; the
 second half with the block position, which is 0 in the context and counts 1, 2, ... from <sop> on. The mask and both
 positions are found from the ids, so that any batch with its padding on either side is right; packed rows are not, as
-one sequence has one context.
+one sequence has one context. A row without <sop>, such as a document, is all answer: nothing in it sees what follows.
 
 Names of tensors are those of the original.
 """
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 
 IGNORE_INDEX = -100
 ALPHA_LAYERS = 28  # the residual's factor is sqrt(2 * 28) in every model, whatever its number of layers
@@ -63,15 +64,14 @@ def find_context(ids: Tensor, real: Tensor, config: ChatGLMConfig) -> tuple[Tens
         real: (B, T) True where there is no padding.
 
     Returns:
-        (B,) index of <sop>, T for a row without one, which is all context; (B,) index of [gMASK], or [MASK] without it,
-        and of the last context token without both.
+        (B,) index of <sop>, or of the first token in a row without one; (B,) index of [gMASK], else of [MASK], else of
+        the first token.
     """
-    length = ids.shape[1]
+    first = real.int().argmax(1)
     is_start = (ids == config.bos_token_id) & real
-    start = torch.where(is_start.any(1), is_start.int().argmax(1), length)
     is_global = (ids == config.gmask_token_id) & real
     is_mask = torch.where(is_global.any(1, keepdim=True), is_global, (ids == config.mask_token_id) & real)
-    place = torch.where(is_mask.any(1), is_mask.int().argmax(1), (start - 1).clamp_min(0))
+    start, place = (torch.where(found.any(1), found.int().argmax(1), first) for found in (is_start, is_mask))
     return start, place
 
 
@@ -175,10 +175,43 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, width).
+
+        Args:
+            input_ids: (B, T); behind a cache only the new ones, with the mask and positions of
+                `prepare_inputs_for_generation`.
+            attention_mask: (B, T), 0 on padding; or (B, 1, T, keys), True for what is seen, with position_ids.
+            position_ids: (B, 2, T) for a mask of four dimensions; otherwise both follow from the ids.
+
+        Raises:
+            ValueError: embeddings without ids, from which neither mask nor positions follow.
+        """
+        if input_ids is None:
+            raise ValueError("ChatGLM-6B: found embeddings without input_ids, expected ids: the mask follows from them")
+        if attention_mask is None or attention_mask.ndim == 2:
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError("ChatGLM-6B: a cache needs the mask and positions of prepare_inputs_for_generation")
+            real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            attention_mask = prefix_mask(input_ids, real, self.config)
+            position_ids = prefix_positions(input_ids, real, self.config)
+        assert position_ids is not None
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers:
-            hidden = layer(hidden, mask, positions, cache)
-        return self.final_layernorm(hidden)
+            hidden = layer(hidden, attention_mask, position_ids, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden), past_key_values=past_key_values)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
@@ -208,39 +241,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and the loss where `labels` are given.
-
-        Args:
-            input_ids: (B, T); behind a cache only the new ones, with the mask and positions of
-                `prepare_inputs_for_generation`.
-            attention_mask: (B, T), 0 on padding; or (B, 1, T, keys), True for what is seen.
-            position_ids: (B, 2, T); found from the ids when it has another shape.
-
-        Raises:
-            ValueError: embeddings without ids, from which neither mask nor positions follow.
-        """
-        if input_ids is None:
-            raise ValueError(
-                "ChatGLM-6B: found inputs_embeds without input_ids, expected ids: the mask follows from them"
-            )
-        if attention_mask is None or attention_mask.ndim == 2:
-            if past_key_values is not None and past_key_values.get_seq_length():
-                raise ValueError("ChatGLM-6B: a cache needs the mask and positions of prepare_inputs_for_generation")
-            real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-            attention_mask = prefix_mask(input_ids, real, self.config)
-            position_ids = prefix_positions(input_ids, real, self.config)
-        assert position_ids is not None
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
-        hidden = self.transformer.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = self.transformer(hidden, attention_mask, position_ids, past_key_values)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        """Logits (B, T, V), and the loss where `labels` are given; other arguments as in `ChatGLMModel.forward`."""
+        outputs = self.transformer(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
@@ -262,8 +269,8 @@ class PrefixCollator:
         config: of the model, for its control tokens.
 
     Raises:
-        ValueError: a row without <sop> or with several of them, or a label inside the context: the context sees itself
-            in both directions, so that a loss on it would teach copying.
+        ValueError: a row with several <sop>, or a label inside the context: the context sees itself in both directions,
+            so that a loss on it would teach copying.
     """
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -279,9 +286,9 @@ class PrefixCollator:
         for number, row in enumerate(rows):
             ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
             starts = (ids == self.config.bos_token_id).nonzero()[:, 0].tolist()
-            if len(starts) != 1:
+            if len(starts) > 1:
                 raise ValueError(f"ChatGLM-6B: row {number} of the batch has {len(starts)} <sop>, expected one")
-            if (labels[: starts[0] + 1] != IGNORE_INDEX).any():
+            if starts and (labels[: starts[0] + 1] != IGNORE_INDEX).any():
                 raise ValueError(f"ChatGLM-6B: row {number} of the batch has labels before <sop>, expected none")
             batch["input_ids"][number, : len(ids)] = ids
             batch["attention_mask"][number, : len(ids)] = 1

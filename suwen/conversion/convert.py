@@ -123,7 +123,7 @@ def convert_into(
     lines: list[str],
     log: Callable[[str], None],
 ) -> None:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     native = family is NATIVE
     new_config = AutoConfig.from_pretrained(folder) if native else convert_config(family, config)
@@ -136,14 +136,12 @@ def convert_into(
     count = len(plan.written) + len(additions)
     log(f"{count} tensors in {dtype or plan.dtype}; left out {plan.dropped} buffers that are computed anew")
     convert_weights(family, config, plan, target, dtype, limit, additions)
-    from transformers import AutoModelForCausalLM
-
     new_config.architectures = [AutoModelForCausalLM._model_mapping[type(new_config)].__name__]
     new_config.dtype = dtype or plan.dtype
     new_config.save_pretrained(target)
     summary = convert_tokenizer(folder, target, family, lines)
     log(summary or "note: found no tokenizer files; the model is converted without a tokenizer")
-    write_generation_config(folder, target, new_config)
+    write_generation_config(folder, target, new_config, log)
     record = {"family": family.name, "source": str(folder), "source_config": config}
     (target / "conversion.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -152,7 +150,7 @@ def tied_in_file(written: dict[str, tuple[int, ...]], native: bool) -> bool:
     return not native and "lm_head.weight" not in written
 
 
-def write_generation_config(folder: Path, target: Path, config: Any) -> None:
+def write_generation_config(folder: Path, target: Path, config: Any, log: Callable[[str], None]) -> None:
     """Sampling settings of the original that are still known, and the ids of the new config and tokenizer."""
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -167,7 +165,10 @@ def write_generation_config(folder: Path, target: Path, config: Any) -> None:
         ends.append(tokenizer.eos_token_id)
         settings |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
         if tokenizer.chat_template:
-            ends += ChatEncoder(tokenizer).stop_token_ids
+            try:
+                ends += ChatEncoder(tokenizer).stop_token_ids
+            except ValueError as error:
+                log(f"note: generation stops at EOS alone, as no stop token follows from the chat template ({error})")
     ends = [end for end in dict.fromkeys(ends) if end is not None]
     generation = GenerationConfig(eos_token_id=ends if len(ends) > 1 else (ends or [None])[0], **settings)
     try:
