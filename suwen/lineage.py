@@ -15,6 +15,8 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from suwen.conversion.convert import conversion_command
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STAGES = ("pt", "sft", "rm", "dpo", "orpo", "ppo")
 # What each stage goes on from, the nearest first.
@@ -89,10 +91,12 @@ def require_model(path: str) -> None:
         raise ValueError(
             f"model {path!r}: found no config.json or adapter_config.json, expected a model or LoRA folder"
         )
+    if command := conversion_command(config, path):
+        raise ValueError(f"model {path!r}: needs code from its folder, which never runs; convert it: {command}")
     if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"model {path!r}: model_type {config.get('model_type')!r} needs code from the folder, which never runs; "
-            "convert the checkpoint to a native class first"
+            f"model {path!r}: model_type {config.get('model_type')!r} needs code from its folder, which never runs; "
+            "tools/convert_checkpoint.py does not know it"
         )
     if not list(folder.glob("*.safetensors")):
         found = [p.name for p in folder.glob("*.bin")] or [p.name for p in folder.glob("*.pt*")] or ["no weights"]

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from suwen import architectures  # noqa: F401  registers classes of our own
 from suwen.encoding import apply_template
 from suwen.head import add_scoring_head
 from suwen.lineage import (
@@ -25,6 +26,7 @@ from suwen.lineage import (
     require_model,
     resolve_lineage,
 )
+from suwen.lora_targets import linear_names, lora_targets
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns on stdout
@@ -320,26 +322,18 @@ def lora_config(lora: Any, model: Any) -> LoraConfig | None:
     """PEFT settings of a new adapter; None for full training, or where the model already carries the adapter."""
     if not lora.use_peft or isinstance(model, PeftModel):
         return None
-    targets = lora.target_modules.strip()
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    chosen: str | list[str] = (
-        "all-linear" if targets in ("all", "all-linear") else [t.strip() for t in targets.split(",")]
-    )
     saved = [name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else None
-    for flag_name, wanted in (
-        ("target_modules", chosen if isinstance(chosen, list) else []),
-        ("modules_to_save", saved or []),
-    ):
-        if missing := [name for name in wanted if name not in names]:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-            raise ValueError(
-                f"--{flag_name}: found {', '.join(missing)}, expected names of this model: {', '.join(linear)}"
-            )
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if missing := [name for name in saved or [] if name not in names]:
+        raise ValueError(
+            f"--modules_to_save: found {', '.join(missing)}, expected names of this model: "
+            f"{', '.join(linear_names(model))}, embed_tokens, lm_head and the like"
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=chosen,
+        target_modules=lora_targets(model, lora.target_modules),
         modules_to_save=saved,
     )

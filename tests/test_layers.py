@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "suwen").rglob("*.py")) + [ROOT / "template.py"]
-FOLDERS = (".", "tools", "benchmarks")
+FOLDERS = (".", "tools")
 SCRIPTS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if path.name != "template.py"]
 # The rooms that say what the others are, from the bottom up; every other module lies somewhere between them.
 LAYERS = [

@@ -1,0 +1,190 @@
+"""The memory planner against measured peaks: real training steps of tiny models, every allocation counted.
+
+    python benchmarks/memory_plan.py --set all
+
+On the CPU torch's profiler reports every allocation and release of its allocator; their running sum has its peak at the
+same moment as a GPU's allocator would. The sets: `fitted` was looked at while the planner's arithmetic was written,
+`unseen` was run once it was finished.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suwen.arguments import build_parser, flag, run, split_dataclasses
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training run: the model's shape and the setting."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    tokens: int
+    batch: int
+    method: str  # full, lora or lora4
+    checkpointing: bool = False
+    bf16: bool = False
+    accumulation: int = 1
+    rank: int = 8
+
+
+_FIRST = (256, 704, 4, 4, 2, 2000, 256, 2)
+FITTED = [Point(*_FIRST, method, ck, bf) for method in ("full", "lora") for bf in (False, True) for ck in (False, True)]
+FITTED += [  # wide models, where the layers and not the loss head decide
+    Point(1536, 4096, 2, 12, 12, 500, 512, 1, "full", checkpointing=True, accumulation=2),
+    Point(2048, 5632, 2, 16, 16, 500, 512, 2, "lora", checkpointing=True),
+    Point(1024, 2816, 2, 16, 16, 500, 512, 1, "full"),
+    Point(512, 1408, 4, 8, 2, 1000, 256, 2, "lora4", rank=16),
+]
+UNSEEN = [
+    Point(512, 1408, 6, 8, 8, 1000, 384, 3, "full"),
+    Point(384, 1024, 8, 6, 3, 4000, 512, 2, "full", bf16=True),
+    Point(512, 1408, 8, 8, 2, 1000, 512, 4, "full", checkpointing=True, accumulation=2),
+    Point(384, 1536, 6, 6, 6, 3000, 256, 4, "full", checkpointing=True, bf16=True, accumulation=2),
+    Point(512, 1408, 6, 8, 2, 1500, 384, 2, "lora", accumulation=2, rank=16),
+    Point(256, 768, 6, 4, 2, 1000, 256, 2, "lora", bf16=True),
+    Point(512, 2048, 12, 8, 8, 1000, 512, 4, "lora", checkpointing=True),
+    Point(384, 1024, 6, 6, 2, 1200, 384, 2, "lora4", checkpointing=True),
+    Point(768, 2048, 4, 12, 4, 800, 256, 2, "lora4", rank=4),
+    Point(1280, 3456, 3, 10, 5, 500, 384, 2, "full", checkpointing=True, accumulation=2),
+    Point(2048, 6144, 3, 16, 4, 500, 384, 2, "lora", checkpointing=True),
+    Point(1280, 3456, 2, 10, 10, 500, 256, 1, "full"),
+]
+
+
+def measure(point: Point) -> int:
+    """Peak of the allocator's live bytes over two optimiser steps, from before the model was built."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    from suwen import attention
+    from suwen.embedded import build_embedded_model
+    from suwen.head import add_scoring_head
+    from suwen.models import load_base
+    from suwen.trainers import LanguageModelTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(build_embedded_model())
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * point.batch * point.accumulation
+    rows = torch.randint(5, min(point.vocabulary, 500), (count, point.tokens), generator=generator).tolist()
+    dataset = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    lora = None
+    if point.method != "full":
+        lora = LoraConfig(r=point.rank, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = AutoModelForCausalLM.from_config(config_of(point))
+        if point.bf16 and lora is not None:
+            model = model.to(torch.bfloat16)
+        if point.method == "lora4":
+            model.save_pretrained(folder + "/base")
+        config = TrainingArguments(
+            output_dir=folder, use_cpu=True, bf16=point.bf16, report_to=[], max_steps=2,
+            per_device_train_batch_size=point.batch, gradient_accumulation_steps=point.accumulation,
+            gradient_checkpointing=point.checkpointing, save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        del model
+        gc.collect()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            if point.method == "lora4":
+                model = load_base(folder + "/base", "auto", "4bit", torch.float32, "cpu")
+                for parameter in model.parameters():  # what is not quantised keeps the whole file mapped: no allocation
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.clone()
+            else:
+                model = AutoModelForCausalLM.from_config(config_of(point))
+                model = model.to(torch.bfloat16) if point.bf16 and lora is not None else model
+            add_scoring_head(model)
+            model.set_attn_implementation(attention.NAME)
+            trainer = LanguageModelTrainer(
+                model=model, args=config, train_dataset=dataset, eval_dataset=None, processing_class=tokenizer,
+                max_length=point.tokens, peft_config=lora,
+            )  # fmt: skip
+            trainer.train()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def config_of(point: Point) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=point.vocabulary, hidden_size=point.hidden, intermediate_size=point.inner,
+        num_hidden_layers=point.layers, num_attention_heads=point.heads, num_key_value_heads=point.key_value_heads,
+        max_position_embeddings=point.tokens, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def predict(point: Point) -> float:
+    from suwen.memory import Setting, plan_memory, shape_of
+
+    setting = Setting(
+        use_peft=point.method != "full",
+        lora_rank=point.rank,
+        quantization="4bit" if point.method == "lora4" else "none",
+        precision="bf16" if point.bf16 else "fp32",
+        tokens=point.tokens,
+        batch=point.batch,
+        gradient_accumulation_steps=point.accumulation,
+        gradient_checkpointing=point.checkpointing,
+        device="cpu",
+        trained_share=(point.tokens - 1) / point.tokens,
+    )
+    return plan_memory(shape_of(config_of(point)), setting).total
+
+
+@dataclass
+class BenchmarkArguments:
+    set: Literal["fitted", "unseen", "all"] = flag("all", "which half of the grid")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = split_dataclasses(build_parser(__doc__ or "", BenchmarkArguments).parse_args(argv), BenchmarkArguments)
+    from suwen.stage import quiet_libraries
+
+    quiet_libraries()
+    groups = {"fitted": FITTED, "unseen": UNSEEN}
+    print(
+        "set     method precision   h    f  layers  heads   V    tokens   checkpointing accumulation  planned  measured"
+    )
+    for name, points in groups.items():
+        if args.set not in (name, "all"):
+            continue
+        worst = 0.0
+        for point in points:
+            planned, measured = predict(point), measure(point)
+            off = planned / measured - 1
+            worst = max(worst, abs(off))
+            model = (
+                f"{point.hidden:>5} {point.inner:>5} {point.layers:>4}   {point.heads:>2}/{point.key_value_heads:<2}"
+            )
+            steps = f"{point.batch:>3}x{point.tokens:<5} {'yes' if point.checkpointing else 'no':>7}"
+            print(
+                f"{name:<7} {point.method:<6} {'bf16' if point.bf16 else 'fp32':<7} {model} {point.vocabulary:>6} "
+                f"{steps} {point.accumulation:>12} {planned / 1e6:>10.1f} {measured / 1e6:>8.1f} MB {off:+7.1%}",
+                flush=True,
+            )
+        print(f"{name}: largest deviation {worst:.1%}")
+
+
+if __name__ == "__main__":
+    run(main)

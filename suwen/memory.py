@@ -1,0 +1,354 @@
+"""What a training step needs, part by part, before anything is downloaded or launched.
+
+Parameters are counted on a model without data (torch's meta device), so that they are exact for every family. Bytes of
+the parts follow from what this toolkit's trainers do:
+
+- weights: float32 where they are trained (bfloat16 with `pure_bf16`), the compute precision where LoRA freezes them;
+  int8 with a float32 scale a row (LLM.int8, arXiv:2208.07339), NF4 with double quantisation at 4 + 8/64 + 32/(64*256)
+  bits (QLoRA, arXiv:2305.14314), 2 bits with 16-bit scale and zero point in groups of 64. Only `nn.Linear` outside the
+  head is quantised: embeddings, head and the stacked experts of MoE models keep the compute precision.
+- gradients in the precision of what is trained; AdamW's two moments beside them.
+- autocast keeps a 16-bit copy of every trained float32 matrix from its first use to the end of the backward pass.
+- activations: what autograd saves, layer by layer, in a pre-norm decoder with rotary positions and a gated MLP; see
+  `layer_bytes_per_token`. With gradient checkpointing one hidden state a layer, and all of one layer while it is
+  recomputed.
+- the head makes the logits of the scored positions, some rows at a time (`suwen.head`), never all of them.
+
+The peak is the largest of three moments: the start of the backward pass (all activations, the head's tiles), the
+recomputation of a layer, and its end (all gradients). Sharding follows ZeRO (Rajbhandari et al. 2020,
+arXiv:1910.02054). The allocator's rounding and fragmentation come on top on GPUs as one allowance, a line of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from suwen.head import CHUNK_ELEMENTS
+
+HEAD_COPIES = 3  # of a chunk of logits, in float32: itself, its exponentials, what softmax works on
+QUANTIZED_BITS = {"8bit": 8.0, "4bit": 4 + 8 / 64 + 32 / (64 * 256), "2bit": 2 + 2 * 16 / 64}
+FRAGMENTATION = 0.05  # of all allocated bytes, on GPUs
+CONTEXT_BYTES = 600_000_000  # CUDA context and libraries' work space, a process
+
+
+def _decoder(
+    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, **more: int
+) -> dict[str, Any]:
+    return {"model_type": kind, "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads, **more}  # fmt: skip
+
+
+# Sizes that people call by name: LLaMA, LLaMA-2-70B, Qwen1.5-110B and Mixtral
+SIZES = {
+    "7B": _decoder("llama", 32000, 4096, 11008, 32, 32),
+    "13B": _decoder("llama", 32000, 5120, 13824, 40, 40),
+    "30B": _decoder("llama", 32000, 6656, 17920, 60, 52),
+    "70B": _decoder("llama", 32000, 8192, 28672, 80, 64, num_key_value_heads=8),
+    "110B": _decoder("qwen2", 152064, 8192, 49152, 80, 64, num_key_value_heads=8),
+    "8x7B": _decoder("mixtral", 32000, 4096, 14336, 32, 32, num_key_value_heads=8, num_local_experts=8),
+    "8x22B": _decoder("mixtral", 32768, 6144, 16384, 56, 48, num_key_value_heads=8, num_local_experts=8),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the memory of a step; the names are those of the stages' flags.
+
+    Attributes:
+        tokens: of the longest sequence.
+        batch: sequences in a micro-batch (pairs in DPO, which are two sequences).
+        precision: bf16, fp16 or fp32, of the arithmetic.
+        sharding: none, ddp, zero1, zero2, zero3 or fsdp2.
+        trained_share: share of the tokens that have a loss.
+    """
+
+    stage: str = "sft"
+    use_peft: bool = False
+    lora_rank: int = 8
+    lora_dropout: float = 0.05
+    quantization: str = "none"
+    precision: str = "bf16"
+    pure_bf16: bool = False
+    tokens: int = 1024
+    batch: int = 1
+    gradient_accumulation_steps: int = 8
+    gradient_checkpointing: bool = True
+    optim: str = "adamw_torch"
+    sharding: str = "none"
+    num_gpus: int = 1
+    offload: bool = False
+    device: str = "cuda"
+    trained_share: float = 1.0
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens in a micro-batch: in DPO each pair is two sequences, in one pass."""
+        return self.tokens * self.batch * (2 if self.stage == "dpo" else 1)
+
+    @property
+    def compute_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory: counts of parameters, and widths of its layers."""
+
+    total: int
+    embedding: int
+    head: int  # 0 where it is the embedding
+    linear: int  # in nn.Linear outside the head: what is quantised
+    experts: int  # in stacked 3-D tensors
+    rows: int  # of all these matrices together, each with one scale in int8
+    largest: int  # parameters of the largest quantised matrix
+    largest_layer: int
+    lora_features: int  # sum of inputs and outputs of all adapted matrices: times the rank
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    inner: int  # width of the MLP that one token passes
+    vocabulary: int
+
+
+def shape_of(config: Any) -> Shape:
+    """Count a model by its config, without data.
+
+    Raises:
+        ValueError: a config of no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"config: {str(error).splitlines()[0]}") from None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    experts = [p for p in model.parameters() if p.ndim == 3]
+    stacks = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    stacked = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    heads = getattr(text, "num_attention_heads", 1)
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_value = size * (getattr(text, "num_key_value_heads", None) or heads)
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention expands keys and values to all heads
+        size = text.qk_nope_head_dim + text.qk_rope_head_dim
+        key_value = heads * (size + text.v_head_dim) // 2
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "inner_hidden_size", None) or 4 * text.hidden_size
+    if active := getattr(text, "num_experts_per_tok", None):
+        one = getattr(text, "moe_intermediate_size", None) or inner
+        shared = getattr(text, "shared_expert_intermediate_size", None) or one * (
+            getattr(text, "n_shared_experts", 0) or 0
+        )
+        inner = active * one + shared
+    return Shape(
+        total=sum(p.numel() for p in model.parameters()),
+        embedding=embedding.weight.numel(),
+        head=0 if tied else head.weight.numel(),
+        linear=sum(m.weight.numel() for m in linears),
+        experts=sum(p.numel() for p in experts),
+        rows=sum(m.weight.shape[0] for m in linears),
+        largest=max((m.weight.numel() for m in linears), default=0),
+        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in stacked),
+        lora_features=sum(sum(m.weight.shape) for m in linears) + sum(p.shape[0] * sum(p.shape[1:]) for p in experts),
+        layers=len(stacked),
+        hidden=text.hidden_size,
+        query=size * heads,
+        key_value=key_value,
+        inner=inner,
+        vocabulary=embedding.weight.shape[0],
+    )
+
+
+def layer_bytes_per_token(shape: Shape, setting: Setting) -> int:
+    """Bytes that autograd saves for one token in one layer.
+
+    h is the hidden width, q that of all queries, k of all keys, f of the MLP; e the bytes of a number in arithmetic:
+
+    - norms: their float32 input, twice h; with trained weights also the normalised input, twice h;
+    - inputs of the projections: trained in float32 one for q, k, v and one for gate, up (2h); under autocast a copy for
+      each of the five (5h e); with LoRA's dropout each of the seven has its own result (e) and mask (1 byte on a GPU, a
+      float32 on a CPU);
+    - attention: q, k, v and its result, e (2q + 2k);
+    - the gated MLP: gate, its activation, up and, where the last projection is trained or adapted, their product.
+    """
+    h, q, k, f, e = shape.hidden, shape.query, shape.key_value, shape.inner, setting.compute_bytes
+    inputs = 5 * h + q + f
+    saved = 4 * 2 * h + e * (2 * q + 2 * k) + e * 3 * f
+    if not setting.use_peft:
+        return saved + 4 * 2 * h + (4 * 2 * h if e == 4 else e * 5 * h) + e * f
+    if setting.lora_dropout:
+        return saved + inputs * (e + (1 if setting.device == "cuda" else 4))
+    return saved + (4 * 2 * h if e == 4 else e * 5 * h) + e * f
+
+
+@dataclass
+class Plan:
+    """Bytes of one process, by part.
+
+    Attributes:
+        parts: name -> bytes at the moment of the peak, the largest first.
+        moment: which moment is the peak.
+        notes: assumptions worth knowing.
+    """
+
+    parts: dict[str, float]
+    moment: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def plan_memory(shape: Shape, setting: Setting) -> Plan:
+    """Peak of a training step on each GPU (or on the CPU)."""
+    e, deepspeed = setting.compute_bytes, setting.sharding.startswith("zero")
+    trained = shape.lora_features * setting.lora_rank if setting.use_peft else shape.total
+    full16 = setting.pure_bf16 or (deepspeed and e == 2)
+    trained_bytes = 2 if full16 else 4
+    n = setting.num_gpus
+    shard_optimizer = n if setting.sharding in ("zero1", "zero2", "zero3", "fsdp2") else 1
+    shard_gradients = n if setting.sharding in ("zero2", "zero3", "fsdp2") else 1
+    shard_weights = n if setting.sharding in ("zero3", "fsdp2") else 1
+
+    fixed: dict[str, float] = {}
+    notes: list[str] = []
+    if setting.use_peft:
+        fixed["frozen weights"], metadata = frozen_bytes(shape, setting)
+        fixed["frozen weights"] /= shard_weights
+        fixed["quantisation constants"] = metadata
+        fixed["adapters"] = trained * trained_bytes
+        if setting.quantization != "none" and shape.experts:
+            notes.append("experts are stacked tensors, which bitsandbytes does not quantise: they stay in 16 bits")
+    else:
+        fixed["weights"] = trained * trained_bytes / shard_weights
+    if deepspeed and e == 2 and not setting.offload:
+        fixed["float32 masters"] = 4 * trained / shard_optimizer
+    if not setting.offload:
+        fixed["optimizer"] = optimizer_bytes(setting.optim, full16 and not deepspeed) * trained / shard_optimizer
+    gathered = 2 * shape.largest_layer * e if shard_weights > 1 else 0.0
+    gradients = trained * trained_bytes / shard_gradients
+    buckets = trained * trained_bytes if setting.sharding == "ddp" and n > 1 else 0.0
+    kept = setting.gradient_accumulation_steps > 1 or buckets > 0
+
+    tokens = setting.sequence_tokens
+    layer = tokens * layer_bytes_per_token(shape, setting)
+    residual = tokens * shape.hidden * (e if setting.use_peft or full16 else 4)
+    # The 16-bit copies that autocast makes of trained float32 matrices, outside the head.
+    copies = (
+        0.0 if trained_bytes == 2 or e == 4 else 2.0 * (trained if setting.use_peft else shape.linear + shape.experts)
+    )
+    copies_in_layer = copies / shape.layers if setting.gradient_checkpointing else 0.0
+    if setting.gradient_checkpointing:
+        copies = 0.0
+    stored = shape.layers * (residual if setting.gradient_checkpointing else layer)
+    head = head_bytes(shape, setting)
+    # Gradients that flow through the widest place of a layer while it is worked back
+    flowing = tokens * (3 * shape.inner * e + 2 * shape.hidden * 4)
+    dequantised = shape.largest * e if setting.quantization != "none" else 0.0
+
+    during = gradients if kept else 0.0
+    one = layer if setting.gradient_checkpointing else 0.0
+    moments = {
+        "start of the backward pass": (during, stored, copies, head),
+        "recomputation of a layer": (during, stored + one, copies + copies_in_layer, flowing + dequantised),
+        "end of the backward pass": (gradients, residual + one, copies + copies_in_layer, flowing + dequantised),
+    }
+    moment, moving = max(moments.items(), key=lambda item: sum(item[1]))
+    work = "loss head" if moment == "start of the backward pass" else "work space of a layer"
+    names = ("gradients", "activations", "16-bit copies of weights", work)
+    parts = {**fixed, **dict(zip(names, moving, strict=True)), "gathered layers": gathered, "gradient buckets": buckets}
+    if setting.device == "cuda":
+        parts["fragmentation allowance"] = FRAGMENTATION * sum(parts.values())
+        parts["CUDA context"] = CONTEXT_BYTES
+    ordered = {name: size for name, size in sorted(parts.items(), key=lambda item: -item[1]) if size > 0}
+    return Plan(ordered, moment, notes)
+
+
+def frozen_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
+    """Bytes of a frozen base and of its quantisation constants."""
+    e = setting.compute_bytes
+    if setting.quantization == "none":
+        return float(shape.total * e), 0.0
+    bits = QUANTIZED_BITS[setting.quantization]
+    codes = {"8bit": 8.0, "4bit": 4.0, "2bit": 2.0}[setting.quantization]
+    constants = shape.linear * (bits - codes) / 8 + (4.0 * shape.rows if setting.quantization == "8bit" else 0.0)
+    return shape.linear * codes / 8 + (shape.total - shape.linear) * e, constants
+
+
+def optimizer_bytes(optim: str, in_16_bits: bool) -> int:
+    """Bytes a trained parameter: AdamW's two moments in the parameter's precision, or in 8 bits."""
+    if optim.endswith("8bit"):
+        return 2
+    if optim == "sgd":
+        return 0
+    return 4 if in_16_bits else 8
+
+
+def head_bytes(shape: Shape, setting: Setting) -> float:
+    """Work space of the loss: hidden states and their slopes, a chunk of logits, gradients of a trained head."""
+    scored, e = setting.sequence_tokens * setting.trained_share, setting.compute_bytes
+    rows = min(scored, max(1, CHUNK_ELEMENTS // shape.vocabulary))
+    chunk = rows * shape.vocabulary * (HEAD_COPIES * 4 + (e if e == 2 else 0))
+    hidden = 3 * scored * shape.hidden * e
+    last_norm = setting.sequence_tokens * shape.hidden * (4 if setting.use_peft else 8)
+    weight = 0.0 if setting.use_peft else 4.0 * shape.vocabulary * shape.hidden
+    copy = shape.vocabulary * shape.hidden * e if e == 2 and not setting.use_peft else 0
+    return chunk + hidden + last_norm + weight + copy
+
+
+# Advice
+
+
+def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Settings that need less, each with the flags that give it, from what costs least in speed and quality."""
+    change = dataclasses.replace
+    said: list[str] = []
+    if not setting.gradient_checkpointing:
+        setting = change(setting, gradient_checkpointing=True)
+        said.append("--gradient_checkpointing True")
+        yield said[0], setting
+    if setting.batch > 1:
+        setting = change(setting, batch=1)
+        said.append("--per_device_train_batch_size 1")
+        yield " ".join(said), setting
+    if setting.num_gpus > 1:
+        for sharding in ("zero2", "zero3"):
+            if setting.quantization == "none" and setting.sharding in ("none", "ddp", "zero1", "zero2"):
+                yield " ".join([f"CONFIG={sharding}", *said]), change(setting, sharding=sharding)
+    if not setting.use_peft:
+        if setting.precision == "bf16":
+            yield " ".join([*said, "--pure_bf16 True"]), change(setting, pure_bf16=True)
+        setting = change(setting, use_peft=True)
+        said.append("--use_peft True")
+        yield " ".join(said), setting
+    for kind in ("8bit", "4bit"):
+        if setting.quantization == "none" or (setting.quantization, kind) == ("8bit", "4bit"):
+            yield " ".join([*said, f"--quantization {kind}"]), change(setting, quantization=kind)
+
+
+def largest_batch(shape: Shape, setting: Setting, capacity: float) -> int:
+    """The largest micro-batch whose peak stays within `capacity` bytes; 0 if not even one fits."""
+    low, high = 0, 1
+    while high <= 4096 and plan_memory(shape, dataclasses.replace(setting, batch=high)).total <= capacity:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = plan_memory(shape, dataclasses.replace(setting, batch=middle)).total <= capacity
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def describe(plan: Plan) -> list[str]:
+    """A table of the parts for people, in GB (10^9 bytes)."""
+    lines = [f"  {name:<26}{size / 1e9:>9.2f} GB" for name, size in plan.parts.items()]
+    lines.append(f"  {'peak':<26}{plan.total / 1e9:>9.2f} GB  ({plan.moment})")
+    return lines + [f"  note: {note}" for note in plan.notes]

@@ -1,0 +1,377 @@
+"""Converted checkpoints compute what the originals computed; what the tables do not know is refused."""
+
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from old_checkpoints import CONFIGS, RECOGNISED, shapes, train_sentencepiece, write_original
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from suwen.conversion.convert import compare_logits, conversion_command, convert_checkpoint, convert_lora, probe_rows
+from suwen.conversion.families import FAMILIES, find_rule, recognise
+from suwen.conversion.originals import original_logits
+from suwen.conversion.weights import Shard, find_shards
+
+ROOT = Path(__file__).parents[1]
+
+
+def convert(source: Path, target: Path, family_name: str | None = None, **options) -> list[str]:
+    """Convert; the tiny vocabularies do not tell the family, so it is said."""
+    lines: list[str] = []
+    convert_checkpoint(str(source), str(target), family_name, log=lines.append, **options)
+    return lines
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_converted_model_gives_the_logits_and_gradients_of_the_original(family, tmp_path):
+    config, tensors = write_original(tmp_path / "old", family, "bin" if family[0] in "bcq" else "safetensors")
+    convert(tmp_path / "old", tmp_path / "new", family)
+    model = load(tmp_path / "new")
+    ids, mask = probe_rows(model.config)
+    table = next(name for name in tensors if "embed" in name or "wte" in name)
+    tensors[table].requires_grad_()
+
+    expected = original_logits(family, tensors, config, ids, mask)
+    found = model(input_ids=ids, attention_mask=mask.long()).logits
+    assert 0.3 < expected[mask].std(-1).mean() < 30
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+    weight = torch.randn(expected[mask].shape, generator=torch.Generator().manual_seed(1)) / expected.shape[-1] ** 0.5
+    (expected[mask] * weight).sum().backward()
+    (found[mask] * weight).sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    torch.testing.assert_close(gradient, tensors[table].grad, atol=1e-4, rtol=1e-4)
+    assert tensors[table].grad.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(family, tmp_path):
+    config, tensors = write_original(tmp_path / "old", family)
+    convert(tmp_path / "old", tmp_path / "new", family)
+    model = load(tmp_path / "new")
+    ids, mask = probe_rows(model.config)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    written = model.generate(
+        ids, attention_mask=mask.long(), output_logits=True, return_dict_in_generate=True, **options
+    )
+    full_mask = torch.cat([mask, torch.ones(len(ids), 6, dtype=torch.bool)], 1)
+    expected = original_logits(family, tensors, config, written.sequences, full_mask)[:, -7:-1]
+    torch.testing.assert_close(torch.stack(written.logits, 1), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_names_of_the_families_are_those_of_the_flag():
+    from tools.convert_checkpoint import FamilyName
+
+    assert list(typing.get_args(FamilyName)) == list(FAMILIES)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_recognised_by_its_config_and_told_how_to_convert(family):
+    command = conversion_command(RECOGNISED[family], "old one")
+    assert command == (
+        "python tools/convert_checkpoint.py --model_name_or_path 'old one' --output_dir 'old one-converted'"
+    )
+    if family != "chatglm3":
+        assert recognise(RECOGNISED[family]).name == family
+
+
+def test_no_conversion_is_asked_of_native_and_of_converted_folders(tmp_path):
+    assert conversion_command({"model_type": "llama"}, "x") is None
+    for family in ("baichuan2-13b", "chatglm"):
+        write_original(tmp_path / family, family)
+        convert(tmp_path / family, tmp_path / f"{family}-new", family)
+        config = json.loads((tmp_path / f"{family}-new" / "config.json").read_text())
+        assert conversion_command(config, "x") is None
+
+
+def test_what_a_config_does_not_tell_is_asked_for():
+    with pytest.raises(ValueError, match="vocab_size 70000.*baichuan-7b or baichuan2-7b"):
+        recognise(CONFIGS["baichuan-7b"] | {"vocab_size": 70000})
+    with pytest.raises(ValueError, match="rotary .* or ALiBi"):
+        recognise(CONFIGS["baichuan-7b"] | {"hidden_size": 5120})
+    with pytest.raises(ValueError, match="rope_ratio 8 .*chatglm2 or chatglm3"):
+        recognise(CONFIGS["chatglm3"])
+    assert recognise(CONFIGS["chatglm3"], "base = base * self.rope_ratio").name == "chatglm3"
+    assert recognise(CONFIGS["chatglm3"], "idx = arange(n) / self.rope_ratio").name == "chatglm2"
+
+
+@pytest.mark.parametrize("scaling", [{"type": "dynamic", "factor": 2.0}, {"type": "linear", "factor": 2.0}])
+def test_internlm2_keeps_its_scaled_positions_and_biases(scaling, tmp_path):
+    config, tensors = write_original(
+        tmp_path / "old", "internlm2", rope_scaling=scaling, bias=True, max_position_embeddings=16
+    )
+    convert(tmp_path / "old", tmp_path / "new")
+    model = load(tmp_path / "new")
+    ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = original_logits("internlm2", tensors, config, ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chatglm2_divides_positions_by_its_rope_ratio(tmp_path):
+    config, tensors = write_original(tmp_path / "old", "chatglm2", rope_ratio=4)
+    convert(tmp_path / "old", tmp_path / "new", "chatglm2")
+    ids, mask = probe_rows(load(tmp_path / "new").config)
+    expected = original_logits("chatglm2", tensors, config, ids, mask)
+    found = load(tmp_path / "new")(input_ids=ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    other = original_logits("chatglm3", tensors, config, ids, mask)
+    assert (other - expected)[mask].abs().max() > 0.1
+
+
+def test_early_qwen_names_in_the_config_are_read(tmp_path):
+    early = {"n_embd": 96, "n_layer": 2, "n_head": 4, "ffn_hidden_size": 320, "n_positions": 64, "vocab_size": 300}
+    late = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "seq_length")
+    kept = {name: value for name, value in CONFIGS["qwen"].items() if name not in late}
+    folder = tmp_path / "old"
+    write_original(folder, "qwen")
+    config = kept | early | {"padded_vocab_size": 320}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert any("verified" in line for line in convert(folder, tmp_path / "new", verify=True))
+
+
+def test_bfloat16_stays_bfloat16_and_another_precision_is_written_on_demand(tmp_path):
+    write_original(tmp_path / "old", "baichuan2-7b", "bin", dtype=torch.bfloat16)
+    for dtype, expected in ((None, torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
+        target = tmp_path / str(dtype)
+        lines = convert(tmp_path / "old", target, "baichuan2-7b", dtype=dtype, verify=True)
+        assert "verified against the original forward pass" in lines[-2]
+        assert AutoModelForCausalLM.from_pretrained(target).dtype == expected
+    head = load(tmp_path / "float32").lm_head.weight
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(len(head)), atol=1e-5, rtol=0)
+
+
+def test_verification_finds_a_wrong_weight(tmp_path):
+    config, _ = write_original(tmp_path / "old", "internlm2")
+    convert(tmp_path / "old", tmp_path / "new")
+    model = load(tmp_path / "new")
+    model.model.layers[1].self_attn.k_proj.weight.data[0] *= 1.5
+    model.save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match="differs from the original"):
+        compare_logits(tmp_path / "old", config, FAMILIES["internlm2"], tmp_path / "new", None)
+
+
+def test_the_written_files_keep_to_the_shard_size_and_the_index_names_them_all(tmp_path):
+    write_original(tmp_path / "old", "baichuan-7b", shards=4)
+    convert(tmp_path / "old", tmp_path / "new", "baichuan-7b", max_shard_size="0.1MB")
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "new").glob("*.safetensors"))
+    assert set(index["weight_map"].values()) == {file.name for file in files} and len(files) > 3
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            sizes = [opened.get_tensor(name).nbytes for name in opened.keys()]
+        assert len(sizes) == 1 or sum(sizes) <= 100_000
+    config, tensors = write_original(tmp_path / "again", "baichuan-7b")
+    ids, mask = probe_rows(load(tmp_path / "new").config)
+    found = load(tmp_path / "new")(input_ids=ids, attention_mask=mask.long()).logits
+    expected = original_logits("baichuan-7b", tensors, config, ids, mask)
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_memory_holds_about_a_shard_and_not_the_model(tmp_path):
+    """Eight shards of 24 MB: the peak beyond the libraries stays below half of the whole."""
+    code = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from suwen.conversion.families import FAMILIES
+from suwen.conversion.weights import convert_weights, plan_weights
+folder = Path(sys.argv[1]); (folder / "new").mkdir(parents=True)
+for i in range(8):
+    torch.save({f"model.layers.{i}.self_attn.W_pack.weight": torch.zeros(3000, 2000)},
+               folder / f"pytorch_model-{i + 1:05d}-of-00008.bin")
+family, config = FAMILIES["baichuan-7b"], {}
+plan = plan_weights(family, config, folder)
+def now():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+before, peak = now(), 0
+import suwen.conversion.weights as weights
+flush = weights.ShardWriter._flush
+def watched(self):
+    global peak
+    peak = max(peak, now()); flush(self)
+weights.ShardWriter._flush = watched
+convert_weights(family, config, plan, folder / "new", None, 24_000_000, {})
+print(peak - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < 96e6
+
+
+def test_a_tensor_that_the_table_does_not_know_stops_the_conversion(tmp_path):
+    _, tensors = write_original(tmp_path / "old", "xverse", "bin", shards=1)
+    torch.save(tensors | {"model.layers.0.extra.weight": torch.ones(2)}, tmp_path / "old" / "pytorch_model.bin")
+    (tmp_path / "old" / "pytorch_model.bin.index.json").unlink()
+    (tmp_path / "old" / "pytorch_model-00001-of-00001.bin").unlink()
+    with pytest.raises(ValueError, match="1 tensors are unknown to the table of xverse, such as model.layers.0.extra"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
+
+
+def test_incomplete_and_unsafe_checkpoints_are_refused(tmp_path):
+    write_original(tmp_path / "old", "yi", "bin")
+    next((tmp_path / "old").glob("*00002*")).unlink()
+    with pytest.raises(ValueError, match="found no pytorch_model-00002-of-00003.bin"):
+        convert(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "old" / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(ValueError, match="found 2 weight files, expected 3"):
+        find_shards(tmp_path / "old")
+    torch.save({"x": Path("runs code")}, tmp_path / "evil.bin")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        Shard(tmp_path / "evil.bin")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        Shard(tmp_path / "broken.safetensors")
+
+
+def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
+    write_original(tmp_path / "old", "qwen", num_hidden_layers=2)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="nothing in the checkpoint becomes model.layers.2"):
+        convert(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"intermediate_size": 200}))
+    with pytest.raises(ValueError, match=r"shape \[160, 96\], the config asks for \[100, 96\]"):
+        convert(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"rotary_pct": 0.5}))
+    with pytest.raises(ValueError, match="rotary_pct is 0.5, expected 1.0"):
+        convert(tmp_path / "old", tmp_path / "new")
+
+
+def test_alibi_survives_saving_and_refuses_an_attention_that_would_drop_it(tmp_path):
+    write_original(tmp_path / "old", "baichuan-13b")
+    convert(tmp_path / "old", tmp_path / "new", "baichuan-13b")
+    model = load(tmp_path / "new")
+    ids = torch.randint(3, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=0, rtol=0)
+    swapped = ids.clone()
+    swapped[0, [3, 4]] = ids[0, [4, 3]]  # without positions, the order of earlier tokens would not matter
+    assert (model(ids).logits[0, -1] - model(swapped).logits[0, -1]).abs().max() > 1e-3
+    again.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="would drop the ALiBi positions"):
+        again(ids)
+
+
+def test_alibi_rows_that_are_packed_do_not_see_each_other(tmp_path):
+    write_original(tmp_path / "old", "baichuan2-13b")
+    convert(tmp_path / "old", tmp_path / "new", "baichuan2-13b")
+    model = load(tmp_path / "new")
+    ids = torch.randint(3, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(8), *range(12)]])
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, 8:], model(ids[:, 8:]).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[:, :8], model(ids[:, :8]).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "parts"),
+    [
+        ("baichuan2-7b", "model.layers.{}.self_attn.W_pack", "qkv"),
+        ("internlm2", "model.layers.{}.attention.wqkv", "qkv"),
+        ("qwen", "transformer.h.{}.attn.c_attn", "qkv"),
+        ("chatglm2", "transformer.encoder.layers.{}.self_attention.query_key_value", "qkv"),
+        ("baichuan-13b", "model.layers.{}.self_attn.W_pack", None),
+    ],
+)
+def test_an_adapter_on_fused_projections_becomes_one_on_their_parts(family, module, parts, tmp_path):
+    from peft import PeftModel
+
+    config, tensors = write_original(tmp_path / "old", family)
+    convert(tmp_path / "old", tmp_path / "base", family)
+    generator = torch.Generator().manual_seed(5)
+    adapter, rank, alpha = {}, 4, 8
+    for i in range(2):
+        weight = tensors[f"{module.format(i)}.weight"]
+        a = torch.randn(rank, weight.shape[1], generator=generator) / 8
+        b = torch.randn(weight.shape[0], rank, generator=generator) / 8
+        adapter |= {f"base_model.model.{module.format(i)}.lora_{k}.weight": m for k, m in (("A", a), ("B", b))}
+        tensors[f"{module.format(i)}.weight"] = weight + alpha / rank * b @ a
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    torch.save(adapter, folder / "adapter_model.bin")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
+                "target_modules": [module.rsplit(".", 1)[-1]], "base_model_name_or_path": "old"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    convert_lora(str(folder), str(tmp_path / "base"), str(tmp_path / "lora-new"), log=lambda line: None)
+
+    written = json.loads((tmp_path / "lora-new" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ([f"{p}_proj" for p in sorted(parts)] if parts else ["W_pack"])
+    model = PeftModel.from_pretrained(load(tmp_path / "base"), str(tmp_path / "lora-new")).eval()
+    ids, mask = probe_rows(model.config)
+    found = model(input_ids=ids, attention_mask=mask.long()).logits
+    expected = original_logits(family, tensors, config, ids, mask)
+    torch.testing.assert_close(found[mask], expected[mask], atol=2e-5, rtol=2e-5)
+
+
+def test_an_adapter_on_a_normalised_head_is_refused(tmp_path):
+    write_original(tmp_path / "old", "baichuan2-7b")
+    convert(tmp_path / "old", tmp_path / "base", "baichuan2-7b")
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    torch.save({"base_model.model.lm_head.lora_B.weight": torch.ones(4, 2)}, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["lm_head"]}))
+    with pytest.raises(ValueError, match="normalised in the original"):
+        convert_lora(str(folder), str(tmp_path / "base"), str(tmp_path / "new"))
+
+
+def test_a_native_checkpoint_in_bin_files_becomes_safetensors(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(tmp_path / "old")
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    convert(tmp_path / "old", tmp_path / "new")
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(load(tmp_path / "new")(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+
+def test_a_converted_chat_model_stops_at_its_own_tokens_and_answers_through_the_toolkit(tmp_path):
+    from suwen.encoding import ChatEncoder
+    from suwen.models import load_causal_lm, load_tokenizer
+
+    model = train_sentencepiece(user_defined_symbols=("<|im_start|>", "<|im_end|>"))
+    write_original(tmp_path / "old", "internlm2", "bin", vocab_size=2528)
+    (tmp_path / "old" / "tokenizer.model").write_bytes(model)
+    settings = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "old" / "generation_config.json").write_text(json.dumps({"top_p": 0.8, "chat_format": "raw"}))
+    convert(tmp_path / "old", tmp_path / "new", verify=True)
+    tokenizer = load_tokenizer(str(tmp_path / "new"), "auto")
+    encoder = ChatEncoder(tokenizer)
+    loaded = load_causal_lm(str(tmp_path / "new")).eval()
+    assert set(encoder.stop_token_ids) <= set(loaded.generation_config.eos_token_id)
+    assert loaded.generation_config.top_p == 0.8
+    prompt = torch.tensor([encoder.encode_prompt([{"role": "user", "content": "发热怎么办？"}])])
+    assert loaded.generate(prompt, max_new_tokens=3, min_new_tokens=3).shape[1] == prompt.shape[1] + 3
+
+
+def test_every_tensor_of_every_family_has_exactly_one_rule():
+    for name, config in CONFIGS.items():
+        for tensor in shapes(name, config):
+            assert find_rule(FAMILIES[name], tensor) is not None, (name, tensor)
+        assert find_rule(FAMILIES[name], "model.layers.x.mlp.gate_proj.weight") is None
+
+
+def test_the_tool_answers_mistakes_in_one_line(tmp_path):
+    def call(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "tools/convert_checkpoint.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    found = call("--model_name_or_path", str(tmp_path / "none"), "--output_dir", str(tmp_path / "new"))
+    assert found.returncode == 2 and "found no such folder" in found.stderr and found.stderr.count("\n") == 1
+    assert "--verify" in call("--help").stdout

@@ -1,0 +1,161 @@
+"""Will it fit? The memory of a training step, part by part, before anything is downloaded or launched.
+
+    python tools/plan_memory.py --model_name_or_path models/Qwen3-8B --stage sft --use_peft True --max_length 2048 \\
+        --gpu_memory 24
+    python tools/plan_memory.py --model_name_or_path 70B --num_gpus 8 --sharding zero3
+    python tools/plan_memory.py --table True
+
+The model is a folder, a config.json, a hub name or one of 7B, 13B, 30B, 70B, 110B, 8x7B, 8x22B; its config alone is
+read. With --gpu_memory it says what fits: the largest batch, or the cheapest change of flags.
+"""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suwen.arguments import build_parser, flag, run, split_dataclasses
+
+
+@dataclass
+class PlanArguments:
+    model_name_or_path: str = flag("", "model folder, config.json, hub name, or a size such as 7B or 8x7B")
+    gpu_memory: float | None = flag(None, "memory of one card in GB; unset: the plan alone")
+    table: bool = flag(False, "the table of methods and sizes, instead of one plan")
+    stage: Literal["pt", "sft", "dpo"] = flag("sft", "training stage")
+    use_peft: bool = flag(False, "LoRA")
+    lora_rank: int = flag(8, "rank of the adapter")
+    lora_dropout: float = flag(0.05, "dropout before the adapter")
+    quantization: Literal["none", "8bit", "4bit", "2bit"] = flag("none", "of the frozen base, with --use_peft")
+    precision: Literal["bf16", "fp16", "fp32"] = flag("bf16", "of the arithmetic")
+    pure_bf16: bool = flag(False, "bfloat16 weights without float32 masters")
+    max_length: int = flag(1024, "tokens in a sequence")
+    per_device_train_batch_size: int = flag(1, "sequences in a micro-batch; pairs in DPO")
+    gradient_accumulation_steps: int = flag(8, "micro-batches in an optimiser step")
+    gradient_checkpointing: bool = flag(True, "recompute activations")
+    optim: str = flag("adamw_torch", "adamw_torch, adamw_bnb_8bit or sgd")
+    sharding: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = flag("none", "between the GPUs")
+    num_gpus: int = flag(1, "cards")
+    offload: bool = flag(False, "optimizer and float32 masters in the host's memory (ZeRO)")
+    device: Literal["cuda", "cpu"] = flag("cuda", "where the training runs")
+
+
+# The seeds' table (MedicalGPT's, from LLaMA-Factory): GB for each method, in the order of the sizes
+SIZES = ("7B", "13B", "30B", "70B", "110B", "8x7B", "8x22B")
+PUBLISHED = {
+    "full, AMP": (120, 240, 600, 1200, 2000, 900, 2400),
+    "full, 16 bit": (60, 120, 300, 600, 900, 400, 1200),
+    "LoRA, 16 bit": (16, 32, 64, 160, 240, 120, 320),
+    "QLoRA, 8 bit": (10, 20, 40, 80, 140, 60, 160),
+    "QLoRA, 4 bit": (6, 12, 24, 48, 72, 30, 96),
+    "QLoRA, 2 bit": (4, 8, 16, 24, 48, 18, 48),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "full, AMP": {},
+    "full, 16 bit": {"pure_bf16": True},
+    "LoRA, 16 bit": {"use_peft": True},
+    "QLoRA, 8 bit": {"use_peft": True, "quantization": "8bit"},
+    "QLoRA, 4 bit": {"use_peft": True, "quantization": "4bit"},
+    "QLoRA, 2 bit": {"use_peft": True, "quantization": "2bit"},
+}
+
+
+def load_config(name: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    import suwen.architectures  # noqa: F401  (registers its classes)
+    from suwen.conversion.convert import conversion_command, is_converted
+    from suwen.conversion.families import convert_config, recognise
+    from suwen.conversion.weights import read_json
+    from suwen.memory import SIZES as NAMED
+
+    if name in NAMED:
+        options = {key: value for key, value in NAMED[name].items() if key != "model_type"}
+        return CONFIG_MAPPING[NAMED[name]["model_type"]](**options)
+    path = Path(name)
+    content = read_json(path if path.is_file() else path / "config.json")
+    if content and not is_converted(content) and conversion_command(content, name):
+        family = recognise(content)
+        assert family is not None
+        return convert_config(family, content)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        known = ", ".join(NAMED)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--model_name_or_path {name}: {reason}; expected a model or one of {known}") from None
+
+
+def print_table(common: dict[str, Any]) -> None:
+    from suwen.memory import Setting, plan_memory, shape_of
+
+    shapes = [shape_of(load_config(size)) for size in SIZES]
+    print("GB for all cards together, planned (published in MedicalGPT's README)")
+    print(f"{'':<14}" + "".join(f"{size:>14}" for size in SIZES))
+    for method, options in METHODS.items():
+        cells = []
+        for shape, published in zip(shapes, PUBLISHED[method], strict=True):
+            plan = plan_memory(shape, Setting(**common | options))
+            cells.append(f"{plan.total / 1e9:,.0f} ({published:,})".rjust(14))
+        print(f"{method:<14}" + "".join(cells))
+    print(
+        f"assumed: one process, {common['batch']} x {common['tokens']} tokens, bf16, gradient checkpointing "
+        f"{'on' if common['gradient_checkpointing'] else 'off'}, AdamW, LoRA rank {common['lora_rank']} on all linear "
+        "layers; 8x7B and 8x22B keep their experts in 16 bits under bitsandbytes, which the published figures do not"
+    )
+
+
+def advise(shape: Any, setting: Any, capacity: float) -> None:
+    from suwen.memory import cheaper_settings, largest_batch, plan_memory
+
+    if plan_memory(shape, setting).total <= capacity:
+        batch = largest_batch(shape, setting, capacity)
+        print(f"fits into {capacity / 1e9:g} GB; largest --per_device_train_batch_size {batch}")
+        return
+    for flags, cheaper in cheaper_settings(setting):
+        total = plan_memory(shape, cheaper).total
+        if total <= capacity:
+            batch = largest_batch(shape, cheaper, capacity)
+            print(
+                f"does not fit into {capacity / 1e9:g} GB; fits with {flags}: {total / 1e9:.2f} GB, batch up to {batch}"
+            )
+            return
+    print(
+        f"does not fit into {capacity / 1e9:g} GB with any setting; shorter --max_length, more cards or a smaller model"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = split_dataclasses(build_parser(__doc__ or "", PlanArguments).parse_args(argv), PlanArguments)
+    if not args.model_name_or_path and not args.table:
+        raise ValueError("--model_name_or_path: found nothing, expected a model or a size such as 7B")
+    if args.quantization != "none" and not args.use_peft and not args.table:
+        raise ValueError(
+            f"--quantization {args.quantization}: quantised weights cannot be trained, add --use_peft True"
+        )
+    for name in ("max_length", "per_device_train_batch_size", "num_gpus", "lora_rank", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from suwen.memory import Setting, describe, plan_memory, shape_of
+
+    names = {field.name for field in dataclasses.fields(Setting)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    values |= {"tokens": args.max_length, "batch": args.per_device_train_batch_size}
+    if args.table:
+        print_table(values | {"gradient_accumulation_steps": 1, "quantization": "none", "use_peft": False})
+        return
+    shape, setting = shape_of(load_config(args.model_name_or_path)), Setting(**values)
+    plan = plan_memory(shape, setting)
+    print(f"{args.model_name_or_path}: {shape.total / 1e9:.2f} billion parameters in {shape.layers} layers")
+    print("\n".join(describe(plan)))
+    if args.gpu_memory:
+        advise(shape, setting, args.gpu_memory * 1e9)
+
+
+if __name__ == "__main__":
+    run(main)
