@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from trl import DPOConfig, SFTConfig
 
-from suwen.arguments import parse_library_flags, parse_stage_arguments, translate_old_flags
+from suwen.arguments import PreferenceArguments, parse_library_flags, parse_stage_arguments, translate_old_flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,19 +94,43 @@ def test_switches_work_bare_and_with_a_value():
 def test_library_flags_keep_only_what_was_given():
     args = parse("--learning_rate", "1e-3", "--max_steps", "4", "--lora_rank", "4")
     assert args.lora.lora_rank == 4
-    assert parse_library_flags(args.library_flags, SFTConfig) == {"learning_rate": 1e-3, "max_steps": 4}
+    assert parse_library_flags(args) == {"learning_rate": 1e-3, "max_steps": 4}
 
 
 def test_an_unknown_flag_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="'--lerning_rate'; did you mean --learning_rate"):
-        parse_library_flags(parse("--lerning_rate", "1").library_flags, SFTConfig)
+        parse_library_flags(parse("--lerning_rate", "1"))
     with pytest.raises(ValueError, match="--loss_typ.*did you mean --loss_type"):
-        parse_library_flags(parse("--loss_typ", "ipo").library_flags, DPOConfig)
+        parse_library_flags(parse_stage_arguments(["--loss_typ", "ipo"], "dpo", "", {}, PreferenceArguments))
 
 
 def test_an_abbreviation_is_not_taken_for_a_flag():
     with pytest.raises(ValueError, match="unknown flag"):
-        parse_library_flags(parse("--eval_strat", "no").library_flags, SFTConfig)
+        parse_library_flags(parse("--eval_strat", "no"))
+
+
+def test_a_bare_switch_means_yes():
+    assert parse_library_flags(parse("--bf16", "--do_train", "--tf32", "False")) == {
+        "bf16": True,
+        "do_train": True,
+        "tf32": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--beta", "0"], "--beta: found 0.0, expected a positive"),
+        (["--label_smoothing", "0.5"], "--label_smoothing: found 0.5"),
+        (["--label_smoothing", "0.1", "--loss_type", "ipo"], "has no meaning for --loss_type ipo"),
+        (["--sft_weight", "-1"], "--sft_weight: found -1.0"),
+        (["--loss_type", "kto"], "--loss_type: invalid choice"),
+        (["--loss_weights", "1"], "--sft_weight"),
+    ],
+)
+def test_preference_settings_that_cannot_be_are_refused(words, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_stage_arguments(words, "dpo", "", {}, PreferenceArguments)
 
 
 @pytest.mark.parametrize("script", ["pretraining.py", "supervised_finetuning.py", "dpo_training.py"])

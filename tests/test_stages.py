@@ -347,7 +347,7 @@ def test_stretched_positions_follow_an_adapter_through_the_stages(base, tmp_path
         (["--max_length", "100000"], "window holds 512"),
         (["--learning_rat", "1"], "did you mean --learning_rate"),
         (["--fp16"], "needs a GPU"),
-        (["--use_peft", "--target_modules", "W_pack"], "W_pack.*q_proj"),
+        (["--use_peft", "--target_modules", "nonesuch"], "found nonesuch, expected names .*q_proj"),
         (["--resume", "nowhere"], "no whole checkpoint"),
         (["--do_train", "False", "--do_eval", "False"], "leaves nothing to do"),
         (["--output_dir", f"{__file__}/out"], "--output_dir .*cannot be written to"),
