@@ -29,7 +29,8 @@ import torch
 from tqdm import tqdm
 
 from suwen.conversion.families import NATIVE
-from suwen.conversion.tokenizers import convert_sentencepiece, is_tiktoken, read_proto
+from suwen.conversion.sentencepiece import convert_sentencepiece, read_proto
+from suwen.conversion.tiktoken import is_tiktoken
 from suwen.models import read_json
 
 HAN_RUN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]+")

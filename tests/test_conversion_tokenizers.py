@@ -15,7 +15,10 @@ from transformers import AutoTokenizer
 
 import suwen.architectures  # noqa: F401  (registers its classes)
 from suwen.conversion.families import FAMILIES
-from suwen.conversion.tokenizers import QWEN_CONTROL, convert_tokenizer, is_tiktoken, read_proto
+from suwen.conversion.sentencepiece import read_proto
+from suwen.conversion.tiktoken import is_tiktoken
+from suwen.conversion.tokenizer_files import QWEN_CONTROL
+from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.embedded import sample_texts
 from suwen.encoding import ChatEncoder
 
@@ -238,7 +241,7 @@ def test_a_folder_without_tokenizer_is_no_mistake(tmp_path):
 
 def test_a_tokenizer_that_nothing_reproduces_is_refused(tmp_path, monkeypatch):
     """The engine is made to cut differently: by ignoring the scores of the pieces."""
-    import suwen.conversion.tokenizers as module
+    import suwen.conversion.sentencepiece as module
     from suwen.architectures.sentencepiece import SentencePieceTokenizer
 
     merges = module.merges_by_score

@@ -62,7 +62,7 @@ def read_texts(sources: str, limit: int) -> list[str]:
 
 
 def read_words(path: str | None) -> list[str]:
-    from suwen.conversion.tokenizers import read_proto
+    from suwen.conversion.sentencepiece import read_proto
     from suwen.vocabulary import HAN_RUN
 
     if path is None:

@@ -1,5 +1,6 @@
 """Checkpoints whose architecture needs code from their folder, converted once to classes that need none.
 
-`families` says what becomes what, `weights` does it shard by shard, `tokenizers` converts and checks the tokenizer,
-`originals` holds the original forward passes that a conversion is checked against.
+`families` knows each family by its config; `tables` and `configs` say what becomes of its tensors and settings;
+`weights` does it shard by shard, `adapters` for LoRA, `tokenizers` for the tokenizer, which it checks line by line;
+`originals` holds the forward passes that a conversion is checked against; `convert` puts it all together.
 """

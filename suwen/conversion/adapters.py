@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from suwen.conversion.families import FAMILIES, Config, Family, Rule, apply_rule, find_rule
+from suwen.conversion.configs import Config
+from suwen.conversion.families import FAMILIES, Family, apply_rule, find_rule
+from suwen.conversion.tables import Rule
 from suwen.conversion.weights import Tensors, find_shards, read_json
 
 PREFIX = "base_model.model."

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from suwen.conversion.adapters import convert_adapter
-from suwen.conversion.families import FAMILIES, NATIVE, Config, Family, convert_config, recognise
+from suwen.conversion.configs import Config
+from suwen.conversion.families import FAMILIES, NATIVE, Family, convert_config, recognise
 from suwen.conversion.originals import FORWARDS, original_logits
 from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.conversion.weights import Tensors, check_plan, convert_weights, expected_tensors, plan_weights, read_json

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from suwen.conversion.families import Config, Family, apply_rule, find_rule
+from suwen.conversion.configs import Config
+from suwen.conversion.families import Family, apply_rule, find_rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
