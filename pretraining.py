@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        peft_config=models.lora_config(args.lora, model),
+        peft_config=models.lora_config(args.lora, model, start),
         max_length=length,
         pure_bf16=args.model.pure_bf16,
         **packing,

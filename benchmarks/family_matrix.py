@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import build_parser, flag, run, split_dataclasses
 
-NO_DROPOUT = {"lora_dropout": 0}  # PEFT adapts stacked experts only without dropout
 STEPS = ("pretraining", "SFT", "LoRA, 4 bit", "DPO", "merge", "generate")
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = _SMALL | {"num_key_value_heads": 2}
@@ -39,7 +38,6 @@ class Entry:
     model_type: str
     template: str
     config: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)  # flags that a user of this family has to give
 
 
 FAMILIES = {
@@ -49,11 +47,11 @@ FAMILIES = {
     "xverse": Entry("XVERSE (converted)", "llama", "xverse", _SMALL),
     "yi": Entry("Yi", "llama", "yi", _GROUPED),
     "mistral": Entry("Mistral", "mistral", "mistral", _GROUPED),
-    "mixtral": Entry("Mixtral 8x7B, 8x22B", "mixtral", "mistral", _GROUPED | {"num_local_experts": 4}, NO_DROPOUT),
+    "mixtral": Entry("Mixtral 8x7B, 8x22B", "mixtral", "mistral", _GROUPED | {"num_local_experts": 4}),
     "bloom": Entry("BLOOMZ", "bloom", "bloomz", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "cohere": Entry("Command R", "cohere", "cohere", _GROUPED),
-    "deepseek_v2": Entry("DeepSeek-V2", "deepseek_v2", "deepseek", _LATENT | _ONE_GROUP, NO_DROPOUT),
-    "deepseek_v3": Entry("DeepSeek-V3, R1", "deepseek_v3", "deepseek3", _LATENT | _TWO_GROUPS, NO_DROPOUT),
+    "deepseek_v2": Entry("DeepSeek-V2", "deepseek_v2", "deepseek", _LATENT | _ONE_GROUP),
+    "deepseek_v3": Entry("DeepSeek-V3, R1", "deepseek_v3", "deepseek3", _LATENT | _TWO_GROUPS),
     "deepseek-moe": Entry(
         "DeepSeek-MoE-16B (converted)", "qwen2_moe", "deepseek",
         _SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4,
@@ -64,12 +62,11 @@ FAMILIES = {
     "qwen3_moe": Entry(
         "Qwen3-MoE", "qwen3_moe", "qwen3",
         _GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        NO_DROPOUT,
     ),
     "qwen3_5": Entry(
         "Qwen3.5", "qwen3_5_text", "qwen3",
         _GROUPED | {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                    "linear_key_head_dim": 16, "linear_value_head_dim": 16}, {"packing": False},
+                    "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     ),
     "glm": Entry("ChatGLM2, ChatGLM3, GLM-4-9B (converted)", "glm", "chatglm3", _GROUPED | {"head_dim": 16}),
     "orion": Entry("Orion-14B (converted)", "stablelm", "orion", _SMALL | {"num_key_value_heads": 4}),
@@ -135,7 +132,6 @@ def run_family(name: str, folder: Path) -> dict[str, str]:
 
     def train(main: Any, stage: str, start: str, data: str, *more: str) -> None:
         options = {"model_name_or_path": folder / start, "train_file_dir": data, "output_dir": folder / stage, **common}
-        options |= FAMILIES[name].options
         main([*(word for flag_name, value in options.items() for word in (f"--{flag_name}", str(value))), *more])
 
     def generate() -> None:

@@ -1,10 +1,15 @@
-"""Which layers of a model LoRA adapts: names as users know them, resolved for each family."""
+"""What of a model LoRA trains: layers by names as users know them, resolved for each family, and rows of new words."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from suwen.lineage import read_json
+
+VOCABULARY_RECORD = "vocabulary.json"  # in a model folder whose vocabulary was extended
 
 # Fused projections that converted checkpoints no longer have: MedicalGPT's target names for Baichuan, ChatGLM2 and 3,
 # InternLM2 and Qwen 1
@@ -41,3 +46,18 @@ def lora_targets(model: Any, wanted: str) -> list[str]:
         known = ", ".join(linear_names(model))
         raise ValueError(f"--target_modules: found {', '.join(missing)}, expected names of this model: {known}")
     return list(dict.fromkeys(resolved))
+
+
+def trainable_token_indices(model: Any, folder: str | Path) -> dict[str, list[int]] | None:
+    """PEFT's setting that trains the rows of new tokens beside a LoRA adapter; None for a vocabulary as it was.
+
+    Without it an adapter trained on an extended vocabulary leaves the new rows as they were initialised. A tied head is
+    the same table, which PEFT keeps tied.
+    """
+    ids = sorted(read_json(Path(folder) / VOCABULARY_RECORD).get("new_tokens", {}).values())
+    if not ids:
+        return None
+    source, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    tables = [source] if head is None or head.weight is source.weight else [source, head]
+    return {names[id(table)]: ids for table in tables}

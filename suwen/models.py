@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from suwen import architectures  # noqa: F401  registers classes of our own
+from suwen import architectures
 from suwen.encoding import apply_template
 from suwen.head import add_scoring_head
 from suwen.lineage import (
@@ -26,7 +26,7 @@ from suwen.lineage import (
     require_model,
     resolve_lineage,
 )
-from suwen.lora_targets import linear_names, lora_targets
+from suwen.lora_targets import linear_names, lora_targets, trainable_token_indices
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns on stdout
@@ -41,7 +41,8 @@ def load_tokenizer(path: str, template_name: str | None = None) -> Any:
     if folder.is_dir() and is_adapter_dir(folder) and not (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(adapter_base(folder), template_name)
     name = read_json(folder / "tokenizer_config.json").get("tokenizer_class") if folder.is_dir() else None
-    if name and not any(hasattr(transformers, n) for n in (name, name + "Fast", name.removesuffix("Fast"))):
+    names = (str(name), f"{name}Fast", str(name).removesuffix("Fast"))
+    if name and not any(hasattr(room, n) for room in (transformers, architectures) for n in names):
         raise ValueError(
             f"tokenizer {path!r}: class {name!r} is not part of transformers; convert the checkpoint first"
         )
@@ -318,8 +319,11 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def lora_config(lora: Any, model: Any) -> LoraConfig | None:
-    """PEFT settings of a new adapter; None for full training, or where the model already carries the adapter."""
+def lora_config(lora: Any, model: Any, start: str) -> LoraConfig | None:
+    """PEFT settings of a new adapter; None for full training, or where the model already carries the adapter.
+
+    Where the vocabulary of the start was extended, the rows of its new words are trained too.
+    """
     if not lora.use_peft or isinstance(model, PeftModel):
         return None
     saved = [name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else None
@@ -335,5 +339,6 @@ def lora_config(lora: Any, model: Any) -> LoraConfig | None:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=lora_targets(model, lora.target_modules),
+        trainable_token_indices=None if saved else trainable_token_indices(model, start),
         modules_to_save=saved,
     )

@@ -31,11 +31,11 @@ from tqdm import tqdm
 from suwen.conversion.families import NATIVE
 from suwen.conversion.sentencepiece import convert_sentencepiece, read_proto
 from suwen.conversion.tiktoken import is_tiktoken
+from suwen.lora_targets import VOCABULARY_RECORD
 from suwen.models import read_json
 
 HAN_RUN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]+")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-RECORD = "vocabulary.json"
 
 
 @dataclass(frozen=True)
@@ -276,19 +276,4 @@ def add_rows(model: Any, before: dict[str, list[int]], ids: dict[str, int]) -> N
 
 def write_record(target: Path, source: str, ids: dict[str, int], report: dict[str, Any]) -> None:
     record = {"source": source, "new_tokens": ids, **report}
-    (target / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def trainable_token_indices(model: Any, folder: str | Path) -> dict[str, list[int]] | None:
-    """PEFT's setting that trains the rows of new tokens beside a LoRA adapter; None for a vocabulary as it was.
-
-    Without it an adapter trained on an extended vocabulary leaves the new rows as they were initialised. A tied head is
-    the same table, which PEFT keeps tied.
-    """
-    ids = sorted(read_json(Path(folder) / RECORD).get("new_tokens", {}).values())
-    if not ids:
-        return None
-    source, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    tables = [source] if head is None or head.weight is source.weight else [source, head]
-    return {names[id(table)]: ids for table in tables}
+    (target / VOCABULARY_RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from suwen.conversion.families import NATIVE
 from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.embedded import sample_texts
+from suwen.lora_targets import trainable_token_indices
 from suwen.vocabulary import (
     add_rows,
     check_extended,
@@ -26,7 +27,6 @@ from suwen.vocabulary import (
     merge_steps,
     rank_pieces,
     sub_tokens,
-    trainable_token_indices,
 )
 from tools import extend_vocabulary
 
