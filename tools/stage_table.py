@@ -49,8 +49,17 @@ def held_out(stage: Path, record: dict[str, Any]) -> tuple[str, list[dict[str, A
     return kind, list(validation) if validation is not None else []
 
 
-def measure(path: str, rows: dict[str, list[dict[str, Any]]], batch_size: int) -> dict[str, float]:
-    """Perplexity and token accuracy on text and answers, and the share of pairs whose better answer is likelier."""
+def measure(
+    path: str, rows: dict[str, list[dict[str, Any]]], batch_size: int, before: list[float]
+) -> tuple[dict[str, float], list[float]]:
+    """Perplexity and token accuracy on text and answers, and the share of pairs whose better answer is likelier.
+
+    Args:
+        before: margins of the pairs under the model before this one; empty for the first.
+
+    Returns:
+        the figures, and the margins of the pairs.
+    """
     import torch
 
     from suwen.models import load_causal_lm
@@ -58,7 +67,8 @@ def measure(path: str, rows: dict[str, list[dict[str, Any]]], batch_size: int) -
     from suwen.scoring import score_rows
 
     model = load_causal_lm(path, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-    found = {}
+    found: dict[str, float] = {}
+    margins: list[float] = []
     for kind, name in (("text", "text"), ("conversation", "answer")):
         if rows.get(kind):
             scores = score_rows(model, rows[kind], batch_size, f"{path}: {name}")
@@ -70,14 +80,17 @@ def measure(path: str, rows: dict[str, list[dict[str, Any]]], batch_size: int) -
         margins = [better.logp - worse.logp for better, worse in zip(scores[::2], scores[1::2], strict=True)]
         found["preference accuracy"] = sum(margin > 0 for margin in margins) / len(margins)
         found["preference margin (nats)"] = sum(margins) / len(margins)
-    return found
+        if before:
+            grown = [now > then for now, then in zip(margins, before, strict=True)]
+            found["pairs with a larger margin"] = sum(grown) / len(grown)
+    return found, margins
 
 
 def format_table(names: list[str], columns: list[dict[str, float]], rows: dict[str, list[Any]]) -> str:
     lines = [["", *names]]
     for key in columns[-1]:
         digits = 1 if "perplexity" in key else 3
-        lines.append([key, *(f"{column[key]:,.{digits}f}" for column in columns)])
+        lines.append([key, *(f"{c[key]:,.{digits}f}" if key in c else "-" for c in columns)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
@@ -117,7 +130,11 @@ def main(argv: list[str] | None = None) -> None:
         kind, found = held_out(stage, record)
         rows.setdefault(kind, found[: args.max_samples])
     names = ["start", *(record["stage"] for record in records)]
-    columns = [measure(path, rows, args.batch_size) for path in [records[0]["start"], *map(str, stages)]]
+    columns: list[dict[str, float]] = []
+    margins: list[float] = []
+    for path in [records[0]["start"], *map(str, stages)]:
+        figures, margins = measure(path, rows, args.batch_size, margins)
+        columns.append(figures)
     print(format_table(names, columns, rows))
     write_json(stages[0].parent / "stages.json", {"models": dict(zip(names, columns, strict=True))})
 
