@@ -11,6 +11,8 @@ from suwen.architectures.chatglm import (
     prefix_positions,
 )
 
+pytestmark = pytest.mark.training
+
 CONFIG = ChatGLMConfig(
     vocab_size=64, hidden_size=32, inner_hidden_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=61,
     eos_token_id=62, gmask_token_id=60, mask_token_id=59, pad_token_id=3,

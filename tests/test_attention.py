@@ -20,6 +20,8 @@ from suwen.batches import pack_pairs, pack_rows, segments
 from suwen.probe import on_device, random_pairs, random_rows
 from suwen.rows import rows_of_pair
 
+pytestmark = pytest.mark.training
+
 VOCABULARY = 300
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -15,6 +15,8 @@ from suwen.encoding import ChatEncoder
 from suwen.generation import GenerationSettings, generate_batch
 from template import TEMPLATES
 
+pytestmark = pytest.mark.training
+
 QUESTIONS = [f"{'咳嗽发热' * n}应该怎么办？" for n in range(1, 13)]
 
 

@@ -17,6 +17,8 @@ from suwen.conversion.families import FAMILIES, find_rule, recognise
 from suwen.conversion.originals import original_logits
 from suwen.conversion.weights import Shard, find_shards
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parents[1]
 
 

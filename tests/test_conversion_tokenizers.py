@@ -22,6 +22,8 @@ from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.embedded import sample_texts
 from suwen.encoding import ChatEncoder
 
+pytestmark = pytest.mark.training
+
 TEXT = [line.replace("\n", " ") for line in list(sample_texts())[:600]]
 HELD_OUT = list(sample_texts())[600:1200]
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from suwen.embedded import PROJECT_ROOT, VOCABULARY_SIZE, build_embedded_model, sample_files, sample_texts
 from template import TEMPLATES
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -24,6 +24,8 @@ from suwen.runs import Run, load_run
 from suwen.serving import Served
 from template import TEMPLATES
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parents[1]
 
 

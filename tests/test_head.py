@@ -17,6 +17,8 @@ from suwen import head
 from suwen.batches import pack_rows
 from suwen.probe import random_rows
 
+pytestmark = pytest.mark.training
+
 VOCABULARY = 300
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,

@@ -31,6 +31,8 @@ from suwen.generation import (
 from suwen.prompts import load_prompts, parse_prompt
 from template import TEMPLATES
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = (
     "高血压应当注意什么？",

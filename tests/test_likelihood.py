@@ -7,6 +7,8 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from suwen.likelihood import Choice, Scorer, build_tree, encode_choice, tree_mask
 
+pytestmark = pytest.mark.training
+
 QUESTIONS = [
     "高血压患者的饮食应当",
     "糖尿病的典型症状不包括下列哪一项？多饮、多食、多尿",

@@ -12,6 +12,8 @@ from benchmarks.memory_plan import Point, measure, predict
 from suwen.memory import Setting, cheaper_settings, largest_batch, layer_bytes_per_token, plan_memory, shape_of
 from tools import plan_memory as tool
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parents[1]
 WIDE = LlamaConfig(
     vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,

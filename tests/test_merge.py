@@ -21,6 +21,8 @@ from suwen.merging import build_probes, merge_adapters
 from suwen.models import load_causal_lm, load_config, positions_of, scale_rope
 from suwen.serving import load_with_adapters
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parents[1]
 ROWS = 288  # 259 tokens and padding; bitsandbytes needs multiples of 32
 

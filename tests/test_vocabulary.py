@@ -30,6 +30,8 @@ from suwen.vocabulary import (
 )
 from tools import extend_vocabulary
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parents[1]
 TEXTS = list(sample_texts())[:800]
 HELD_OUT = list(sample_texts())[800:900]
