@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from suwen.arguments import run
-from suwen.benchmarks import OWN_TASKS, TASKS
+from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.serving import add_model_flags, check_serving_flags, find_default_model, serving_parser
 
 MODES = {"both": ("likelihood", "generate"), "likelihood": ("likelihood",), "generate": ("generate",)}
@@ -27,8 +27,9 @@ PROTOCOLS = ("suwen", "cmexam_official")
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = serving_parser(__doc__ or "")
     group = parser.add_argument_group("what is evaluated")
+    sets = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in TASK_SETS.items())
     group.add_argument(
-        "--tasks", default="own", metavar="A,B", help=f"{', '.join(TASKS)}; own (default): {', '.join(OWN_TASKS)}"
+        "--tasks", default="own", metavar="A,B", help=f"{', '.join(TASKS)}; or a set of them, own by default: {sets}"
     )
     group.add_argument("--data_dir", metavar="DIR", help="your files, found by name (data/evaluation/README.md)")
     group.add_argument("--data_file", metavar="FILE", help="the file of one task, or cmexam=FILE,huatuo=FILE")
@@ -81,13 +82,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def compare(folders: list[str], output_dir: str | None) -> None:
     """Print the comparison, and write comparison.json and report.html into --output_dir or the last folder."""
     from suwen.comparison import compare_folders
-    from suwen.report import format_comparison, format_results
+    from suwen.report import format_comparison
 
     target = Path(output_dir or folders[-1])
     target.mkdir(parents=True, exist_ok=True)
     comparison = compare_folders(folders, target / "comparison.json", target / "comparison.html")
-    for results in comparison["results"]:
-        print(format_results(results), end="\n\n")
     print(format_comparison(comparison))
     print(f"written to {target / 'comparison.html'}")
 

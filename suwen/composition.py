@@ -17,7 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from suwen.data import load_rows
-from suwen.fact_items import choice_items, corpus_rows, exam_items, open_book_items, recall_items, reverse_items
+from suwen.fact_items import (
+    choice_items,
+    corpus_rows,
+    exam_items,
+    open_book_items,
+    preference_items,
+    recall_items,
+    reverse_items,
+)
 from suwen.formats import BadRow, canonical_rows
 from suwen.mixing import Refuse, as_text, read_rows, record_rows, records_of, weighted
 from suwen.pairs import pair_rows, reading_pair_rows, scored_rows
@@ -124,7 +132,9 @@ def _entity_rows(
         for part, stage, groups, make in makers:
             if part in parts and source.groups[entity] in groups:
                 rows += [(stage, row) for row in make(entity, source)]
-        items = (recall_items, choice_items, open_book_items, exam_items) if entity in evaluated else ()
+        items = (
+            (recall_items, choice_items, preference_items, open_book_items, exam_items) if entity in evaluated else ()
+        )
         rows += [("evaluation", row) for make in (*items, corpus_rows) for row in make(entity, source)]
     return rows
 

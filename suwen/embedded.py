@@ -1,26 +1,32 @@
-"""The embedded base model: a tiny untrained Llama with a tokenizer of the project's own sample texts.
+"""The embedded base model: a tiny untrained Llama with a tokenizer of the project's own texts.
 
 It stands in where no model is given, so that every stage runs on a bare machine without a download. It knows
 nothing: what it can say after a stage is what that stage taught it.
 """
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from suwen.fictional import BASES, FEELINGS, FIRST, PARTS, PLANTS, SITES, SYLLABLES
+from suwen.phrasings import GENERIC, PHRASINGS, READING_PROMPTS
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-VERSION = 2  # to be raised when the recipe below changes, so that no old cache is taken for the new model
-VOCABULARY_SIZE = 5120
-HIDDEN_SIZE = 256
+VERSION = 3  # to be raised when the recipe below changes, so that no old cache is taken for the new model
+VOCABULARY_SIZE = 4096
+HIDDEN_SIZE = 192
 SEED = 42
 END_OF_TEXT, PAD, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 # Runs of letters, single digits and single punctuation marks are cut apart before merging: a word keeps its token
 # after a comma, and a dose is read digit by digit.
 WORD_PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+PLACEHOLDER = re.compile(r"\{[a-z]\}")  # of a wording
 LONGEST_TOKEN_BYTES = 12  # four Chinese characters: the samples repeat whole clauses, which must not become tokens
 
 
@@ -87,6 +93,23 @@ def sample_texts() -> Iterator[str]:
                 yield line
 
 
+def _tokenizer_texts() -> list[str]:
+    """What the tokenizer learns its words from: the samples, the wordings of facts, and the parts of invented names.
+
+    Wordings and parts come often enough to become tokens; else an invented name would be a string of bytes.
+    """
+    wordings = [
+        part
+        for phrasings in (*PHRASINGS.values(), GENERIC)
+        for wording in (*phrasings.statements, *phrasings.questions, *phrasings.answers, *phrasings.follow_ups)
+        for part in PLACEHOLDER.split(wording)
+        if part
+    ]
+    lists = (FIRST, BASES, PLANTS, SITES, FEELINGS, SYLLABLES)
+    parts = [*itertools.chain.from_iterable(lists), *(ending for _, pieces in PARTS.values() for ending in pieces[-1])]
+    return [*sample_texts(), *3 * wordings, *READING_PROMPTS, *40 * parts]
+
+
 def _strings(value) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -100,12 +123,8 @@ def _strings(value) -> Iterator[str]:
 
 
 def _fingerprint(chat_template: str) -> str:
-    digest = hashlib.sha256(f"{VERSION}\n{chat_template}".encode())
-    for file in sample_files():
-        content = file.read_bytes()
-        digest.update(f"\n{file.parent.name}/{file.name} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
+    content = json.dumps([VERSION, chat_template, _tokenizer_texts()], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _is_built(target: Path, fingerprint: str) -> bool:
@@ -126,7 +145,7 @@ def _write_model(directory: Path, chat_template: str) -> int:
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=HIDDEN_SIZE,
-        intermediate_size=704,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -172,7 +191,7 @@ def _train_tokenizer(chat_template: str):
         max_token_length=LONGEST_TOKEN_BYTES,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sample_texts(), trainer)
+    tokenizer.train_from_iterator(_tokenizer_texts(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

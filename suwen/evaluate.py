@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from suwen.benchmarks import OWN_TASKS, TASKS
+from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.benchmarks.extraction import VERSION as EXTRACTION_VERSION
 from suwen.benchmarks.task import Candidates, Item, Items, Record, Task, read_items
 from suwen.comparison import compare_folders, summarise_run
@@ -56,17 +56,17 @@ class Settings:
 
 
 def parse_tasks(names: str, protocol: str = "suwen", flag: str = "--tasks") -> list[Task]:
-    """ "cmexam,huatuo" as tasks; "own" stands for the project's own sets.
+    """ "cmexam,huatuo" as tasks; "own" and "injection" stand for sets of them.
 
     The protocol cmexam_official scores CMExam by the published scorer beside ours.
     """
     wanted = [name for part in names.split(",") if (name := part.strip())]
-    wanted = [name for part in wanted for name in (OWN_TASKS if part == "own" else (part,))]
+    wanted = [name for part in wanted for name in TASK_SETS.get(part, (part,))]
     unknown = [name for name in wanted if name not in TASKS]
     if unknown or not wanted:
         found = ", ".join(unknown) or "nothing"
         raise ValueError(
-            f"{flag}: found {found}, expected some of {', '.join(TASKS)}, or own for the project's own sets"
+            f"{flag}: found {found}, expected some of {', '.join(TASKS)}, or {' or '.join(TASK_SETS)} for sets of them"
         )
     if protocol == "cmexam_official":
         if "cmexam" not in wanted:
@@ -180,7 +180,7 @@ def ask_endpoint(endpoint: Endpoint) -> Ask:
 
 def measure(served: Served, task: Task, items: Sequence[Item], todo: Sequence[int]) -> Iterator[tuple[int, Record]]:
     """Records of likelihood mode, in order; nothing but the row at hand is kept."""
-    from suwen.likelihood import Choice, Scorer, encode_choice
+    from suwen.likelihood import Choice, Scorer, encode_answers, encode_choice
 
     assert task.candidates and task.choose
     scorer = Scorer(served.model)
@@ -189,7 +189,10 @@ def measure(served: Served, task: Task, items: Sequence[Item], todo: Sequence[in
     def choices() -> Iterator[Choice]:
         for index in todo:
             candidates = task.candidates(items[index])  # type: ignore[misc]
-            choice = encode_choice(served.encoder.tokenizer, candidates.prefix, candidates.texts)
+            if candidates.chat:
+                choice = encode_answers(served.encoder, candidates.prefix, candidates.texts)
+            else:
+                choice = encode_choice(served.encoder.tokenizer, candidates.prefix, candidates.texts)
             longest = len(choice.prefix) + max(map(len, choice.continuations)) - 1
             if served.window and longest > served.window:
                 raise ValueError(

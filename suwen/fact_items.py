@@ -11,6 +11,7 @@ from typing import Any
 
 from suwen.cleaning import texts_of
 from suwen.near_duplicates import TestItems, normal_form
+from suwen.pairs import faulty_answer, possible_faults
 from suwen.phrasings import phrasings_of
 from suwen.synthesis import (
     LETTERS,
@@ -103,6 +104,19 @@ def exam_items(entity: str, source: Source) -> Iterator[Row]:
         if exam is not None:
             content = {"Question": exam.question, "Options": exam.options, "Answer": exam.answer}
             yield _item("exam", 0, item, source, **content, Explanation=exam.explanation)
+
+
+def preference_items(entity: str, source: Source) -> Iterator[Row]:
+    """A right answer and a faulty one to a held-out question: one with a wrong value, and one with another fault."""
+    for item in source.items[entity]:
+        if item.prose:
+            continue
+        rng = rng_of(source.rules.seed, "held-out pair", entity, item.relation)
+        questions = wordings_of(item).held_out_questions
+        for number, fault in enumerate(("wrong value", rng.choice(possible_faults(item)))):
+            if pair := faulty_answer(fault, item, source, rng):
+                content = {"question": fill(questions[number % len(questions)], item), "fault": fault}
+                yield _item("preference", number, item, source, **content, chosen=pair[0], rejected=pair[1])
 
 
 def corpus_rows(entity: str, source: Source) -> Iterator[Row]:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from suwen.encoding import default_beginning, token_ids
+
+if TYPE_CHECKING:
+    from suwen.encoding import ChatEncoder
 
 CPU_TOKENS, GPU_TOKENS = 768, 4096  # in a row: attention is quadratic in it, and the overhead of a call fixed
 PROBES = 3
@@ -55,6 +58,14 @@ def encode_choice(tokenizer: Any, prefix: str, texts: Sequence[str]) -> Choice:
     shared = min([len(base), *(len(whole) - 1 for whole in wholes)])
     shared = min(next((i for i in range(shared) if base[i] != whole[i]), shared) for whole in wholes)
     return Choice(beginning + base[:shared], [whole[shared:] for whole in wholes])
+
+
+def encode_answers(encoder: ChatEncoder, question: str, answers: Sequence[str]) -> Choice:
+    """Ids of a question as it is served, and of two answers to it with their stop tokens."""
+    chosen, rejected = answers
+    pair = encoder.encode_pair([{"role": "user", "content": question}], chosen, rejected, None)
+    assert pair is not None  # without a longest length every pair fits
+    return Choice(pair["prompt_ids"], [pair["chosen_ids"], pair["rejected_ids"]])
 
 
 def build_tree(choice: Choice) -> Tree:

@@ -51,7 +51,7 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
         rng.shuffle(questions)
         for number in range(source.rules.pairs_per_item):
             kind = kinds[0] if number % 2 == index % 2 else kinds[1 + number % (len(kinds) - 1)]
-            pair = _faulty(kind, item, source, rng)
+            pair = faulty_answer(kind, item, source, rng)
             if pair is not None:
                 chosen, rejected = pair
                 yield _row(fill(questions[number % len(questions)], item), chosen, rejected, kind, item, source)
@@ -67,7 +67,7 @@ def possible_faults(item: Item) -> list[str]:
     return faults
 
 
-def _faulty(kind: str, item: Item, source: Source, rng: random.Random) -> tuple[str, str] | None:
+def faulty_answer(kind: str, item: Item, source: Source, rng: random.Random) -> tuple[str, str] | None:
     """A right answer and one with the fault; None where no plausible wrong value is at hand."""
     wording = answer_wording(item, source, rng)
     chosen = fill(wording, item)

@@ -79,9 +79,29 @@ def format_results(results: dict[str, Any]) -> str:
     return "\n".join([f"model: {results['name']}", table(rows, left=3), *notes])
 
 
+def format_overview(comparison: dict[str, Any]) -> str:
+    """A column for each model: the headline of each task, + or - where it is better or worse than the one before."""
+    results = comparison["results"]
+    verdicts = {
+        (pair["second"], row["task"], row["mode"]): {"better": " +", "worse": " -"}.get(row.get("verdict", ""), "  ")
+        for pair in comparison["pairs"][: len(results) - 1]
+        for row in pair["rows"]
+    }
+    rows = [["task", "mode", "score", *(f"{result['name']}  " for result in results)]]
+    for name, entry, mode in tasks_and_modes(results):
+        cells = []
+        for result in results:
+            summary = result["tasks"].get(name, {}).get("modes", {}).get(mode)
+            shown = number(summary["metrics"][entry["headline"]]["value"]) if summary else "-"
+            cells.append(shown + verdicts.get((result["name"], name, mode), "  "))
+        rows.append([name, mode, entry["headline"], *cells])
+    note = "+ better, - worse than the column before: same items, p < 0.05 after Holm's correction"
+    return f"{table(rows, left=3)}\n{note}"
+
+
 def format_comparison(comparison: dict[str, Any]) -> str:
     """Stages against each other for the terminal."""
-    lines = []
+    lines = [format_overview(comparison), ""] if len(comparison.get("results", ())) > 1 else []
     for pair in comparison["pairs"]:
         rows = [["task", "mode", "score", pair["first"], pair["second"], "difference", "interval", "p (Holm)", ""]]
         for row in pair["rows"]:

@@ -527,29 +527,52 @@ def test_the_pipeline_runs_the_stages_in_order_on_one_another(tree):
     lines = dry_run(tree, "run_pipeline.sh", "--output_dir", out, PYTHONPATH=installed(tree)).splitlines()
     commands = [line for line in lines if ".py" in line and not line.startswith(("=", "Done"))]
     scripts = [re.search(r"(\w+)\.py", command)[1] for command in commands]
-    expected = [
+    assert scripts == [
+        "build_data",
         "pretraining",
         "supervised_finetuning",
         "dpo_training",
         "merge_peft_adapter",
-        "stage_table",
-        "inference",
+        "evaluation",
+        "experiment_table",
     ]
-    assert scripts == expected
-    assert f"--model_name_or_path '{out}/pt'" in commands[1]
-    assert f"--model_name_or_path '{out}/sft'" in commands[2]
-    assert f"--lora_model '{out}/dpo' --output_dir '{out}/merged'" in commands[3]
-    assert f"--base_model '{out}/merged'" in commands[5]
+    seed = f"{out}/seed-1"
+    assert f"--output_dir '{seed}/data'" in commands[0]
+    assert f"--train_file_dir '{seed}/data/pretrain'" in commands[1]
+    assert f"--model_name_or_path '{seed}/pt'" in commands[2]
+    assert f"--model_name_or_path '{seed}/sft'" in commands[3]
+    assert all(f"--eval_data_dir '{seed}/data/evaluation'" in command for command in commands[1:4])
+    assert f"--lora_model '{seed}/dpo' --output_dir '{seed}/merged'" in commands[4]
+    assert f"--seeds 1 --output_dir '{out}'" in commands[6]
+
+
+def test_the_pipeline_repeats_the_experiment_with_other_graphs(tree):
+    lines = dry_run(tree, "run_pipeline.sh", "--seed=7", "--seeds", "2", PYTHONPATH=installed(tree)).splitlines()
+    built = [line for line in lines if "build_data.py" in line]
+    assert [re.search(r"--seed (\d+)", line)[1] for line in built] == ["7", "8"]
+    assert any("--seeds 7 8 --output_dir outputs/pipeline" in line for line in lines)
 
 
 def test_the_pipeline_takes_an_own_model_in_its_first_stage(tree):
-    lines = dry_run(tree, "run_pipeline.sh", MODEL="a b", PYTHONPATH=installed(tree)).splitlines()
-    named = [line for line in lines if "--model_name_or_path 'a b'" in line]
-    assert len(named) == 1
-    assert "pretraining.py" in named[0]
+    for given in ({"MODEL": "a b"}, {}):
+        words = () if given else ("--model", "a b")
+        lines = dry_run(tree, "run_pipeline.sh", *words, PYTHONPATH=installed(tree), **given).splitlines()
+        (named,) = [line for line in lines if "--model_name_or_path 'a b'" in line]
+        assert "pretraining.py" in named and "--use_peft True" in named
 
 
-def test_the_pipeline_refuses_what_it_does_not_know(tree):
-    result = call(tree, "run_pipeline.sh", "--max_steps", "3")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_steps", "3"], "unknown argument --max_steps"),
+        (["--seeds", "two"], "--seeds: found two, expected a number"),
+        (["--seed"], "--seed: found nothing, expected a number"),
+        (["--size", "huge"], "--size: found huge, expected default or full"),
+        (["--output_dir="], "--output_dir: found nothing, expected a folder"),
+        (["outputs"], "unknown argument outputs"),
+    ],
+)
+def test_the_pipeline_refuses_what_it_does_not_know(tree, words, message):
+    result = call(tree, "run_pipeline.sh", *words)
     assert result.returncode == 2
-    assert "unknown argument --max_steps" in result.stderr
+    assert message in result.stderr

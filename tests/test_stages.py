@@ -129,27 +129,6 @@ def test_each_stage_goes_on_from_the_one_before(base, tmp_path, capsys):
     assert f"start: {tmp_path / 'sft'} (from the finished sft stage)" in capsys.readouterr().out
 
 
-def test_the_table_measures_every_stage_on_rows_that_none_has_trained_on(base, tmp_path, capsys):
-    from tools import stage_table
-
-    run_stage("pt", base, tmp_path, "--max_steps", "1")
-    run_stage("sft", str(tmp_path / "pt"), tmp_path, "--max_steps", "1")
-    run_stage("dpo", str(tmp_path / "sft"), tmp_path, "--max_steps", "2", "--learning_rate", "1e-2")
-    capsys.readouterr()
-    stage_table.main(["--stages", *(str(tmp_path / stage) for stage in ("pt", "sft", "dpo"))])
-    shown = capsys.readouterr().out
-    assert shown.split()[:4] == ["start", "pt", "sft", "dpo"] and "held out: 5 text rows" in shown
-    models = json.loads((tmp_path / "stages.json").read_text(encoding="utf-8"))["models"]
-    losses = {stage: json.loads((tmp_path / stage / "run.json").read_text())["evaluation"] for stage in ("pt", "sft")}
-    assert models["pt"]["text perplexity"] == pytest.approx(losses["pt"]["eval_perplexity"], rel=1e-4)
-    assert models["sft"]["answer perplexity"] == pytest.approx(losses["sft"]["eval_perplexity"], rel=1e-4)
-    assert "pairs with a larger margin" not in models["start"]
-    reward = json.loads((tmp_path / "dpo" / "run.json").read_text())["evaluation"]
-    assert models["dpo"]["pairs with a larger margin"] == pytest.approx(reward["eval_rewards/accuracies"])
-    change = models["dpo"]["preference margin (nats)"] - models["sft"]["preference margin (nats)"]
-    assert change == pytest.approx(reward["eval_rewards/margins"] / 0.1, rel=1e-3, abs=1e-3)
-
-
 def test_a_lora_folder_is_merged_when_the_next_stage_starts_from_it(base, tmp_path):
     lora = ["--use_peft", "--learning_rate", "1e-2", "--max_steps", "2"]
     run_stage("sft", base, tmp_path, *lora)

@@ -5,7 +5,10 @@ from suwen.benchmarks.exams import EXAMS
 from suwen.benchmarks.facts import FACTS
 from suwen.benchmarks.free_text import TEXTS
 from suwen.benchmarks.general_text import GENERAL_TEXT
+from suwen.benchmarks.injection import INJECTION
 from suwen.benchmarks.terms import TERMS
 
-TASKS = {task.name: task for task in (*EXAMS, CMEXAM_OFFICIAL, *TEXTS, *TERMS, FACTS, GENERAL_TEXT)}
+TASKS = {task.name: task for task in (*EXAMS, CMEXAM_OFFICIAL, *TEXTS, *TERMS, FACTS, *INJECTION, GENERAL_TEXT)}
 OWN_TASKS = tuple(name for name, task in TASKS.items() if task.default_file)
+# Names that stand for several tasks
+TASK_SETS = {"own": OWN_TASKS, "injection": tuple(task.name for task in INJECTION)}

@@ -43,6 +43,7 @@ class Candidates:
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     by_token: bool = False
+    chat: bool = False  # `prefix` is a user's message, the texts are two whole answers to it
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""What of a graph's facts has gone into a model: the evaluation files of tools/build_data.py.
+
+Groups A (facts in pretraining and SFT), B (in pretraining alone) and C (in neither) are tasks of their own, so that
+each is tested by itself: recall in B shows that pretraining, not SFT, carried a fact; recall in C would show a leak.
+A model that has seen no question yet shows what it knows by choice and text, in likelihood mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from suwen.benchmarks.facts import add_distractors, judge_fact, parse_fact
+from suwen.benchmarks.general_text import measure_text, summarise_text, unasked, whole_text
+from suwen.benchmarks.task import Candidates, Item, Record, Row, Task, rate, text_of
+from suwen.formats import BadRow
+from suwen.statistics import bootstrap_interval
+
+VERSION = 1
+GROUPS = "ABC"
+SOURCE = "tools/build_data.py writes it"
+
+
+def of_group(parse: Callable[[Row], list[Item]], group: str, row: Row) -> list[Item]:
+    """The items of a row of this group; rows without a group belong to A."""
+    return parse(row) if row.get("group", "A") == group else []
+
+
+def groups_of(row: Row) -> dict[str, str]:
+    return {name: str(row[name]) for name in ("relation", "fault") if row.get(name)}
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+
+
+def parse_choice(row: Row) -> list[Item]:
+    """{"Question": beginning of a statement, "Options": "A ...\\nB ...", "Answer": letter, "Suffix": its end}."""
+    stem, answer = text_of(row, ("Question",), "no question"), text_of(row, ("Answer",), "no answer")
+    suffix = str(row.get("Suffix", ""))
+    options = {line[:1]: line[2:] + suffix for line in text_of(row, ("Options",), "no options").splitlines()}
+    if answer not in options:
+        raise BadRow("answer not among the options", f"found {answer!r}, expected one of {', '.join(options)}")
+    return [Item(stem, answer, options, groups=groups_of(row))]
+
+
+def endings(item: Item) -> Candidates:
+    return Candidates(item.question, tuple(item.options.values()), tuple(item.options))
+
+
+def choose_ending(item: Item, logps: Sequence[float]) -> Record:
+    found = {letter: round(float(logp), 4) for letter, logp in zip(item.options, logps, strict=True)}
+    choice = max(found, key=lambda letter: found[letter])
+    return {"choice": choice, "correct": choice == item.target, "logps": found}
+
+
+def summarise_choice(records: Sequence[Record]) -> dict[str, Any]:
+    n = len(records)
+    chance = sum(1 / len(record["options"]) for record in records) / n
+    accuracy = rate(sum(record["correct"] for record in records), n)
+    return {"n": n, "metrics": {"accuracy": accuracy}, "floors": {"random choice": 100 * chance}}
+
+
+# ------------------------------------------------------------------------------------------------------------- recall
+
+
+def judge_recall(item: Item, answer: str) -> Record:
+    found = judge_fact(item, answer)
+    return found | {"wrong": bool(answer.strip()) and not found["correct"]}
+
+
+def summarise_recall(records: Sequence[Record]) -> dict[str, Any]:
+    n = len(records)
+    counts = {"recall": "correct", "wrong answers": "wrong"}
+    metrics = {name: rate(sum(record[key] for record in records), n) for name, key in counts.items()}
+    return {"n": n, "metrics": metrics, "empty": sum(not record["response"].strip() for record in records)}
+
+
+# --------------------------------------------------------------------------------------------------------- preference
+
+
+def parse_preference(row: Row) -> list[Item]:
+    """{"question", "chosen", "rejected", "fault"}."""
+    answers = {name: text_of(row, (name,), f"no {name} answer") for name in ("chosen", "rejected")}
+    return [Item(text_of(row, ("question",), "no question"), "chosen", answers, groups=groups_of(row))]
+
+
+def answers_of(item: Item) -> Candidates:
+    return Candidates(item.question, tuple(item.options.values()), tuple(item.options), chat=True)
+
+
+def summarise_preference(records: Sequence[Record]) -> dict[str, Any]:
+    margins = [record["logps"]["chosen"] - record["logps"]["rejected"] for record in records]
+    [(low, high)] = bootstrap_interval(np.array(margins)[:, None])
+    margin = {"value": sum(margins) / len(margins), "low": low, "high": high}
+    accuracy = rate(sum(record["correct"] for record in records), len(records))
+    return {"n": len(records), "metrics": {"accuracy": accuracy, "margin in nats": margin}}
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def parse_statement(row: Row) -> list[Item]:
+    """The statement that a row of choice.jsonl makes with its right ending."""
+    (item,) = parse_choice(row)
+    return [Item(item.question + item.options[item.target], "", groups=item.groups)]
+
+
+def injection_tasks() -> list[Task]:
+    tasks = []
+    for group in GROUPS:
+        common: dict[str, Any] = {"version": VERSION, "source": SOURCE}
+        likelihood = common | {"modes": ("likelihood",), "ask": unasked, "judge": unasked}
+        tasks.append(Task(
+            name=f"choice_{group}", title=f"Facts of group {group}: choice of endings", **likelihood,
+            parse=partial(of_group, parse_choice, group), candidates=endings, choose=choose_ending,
+            summarise=summarise_choice, headline="accuracy", patterns=("choice.jsonl",),
+        ))  # fmt: skip
+        tasks.append(Task(
+            name=f"recall_{group}", title=f"Facts of group {group}: recall", **common,
+            parse=partial(of_group, parse_fact, group), complete=add_distractors,
+            ask=lambda item: item.question, judge=judge_recall,
+            summarise=summarise_recall, headline="recall", patterns=("recall.jsonl",), max_new_tokens=32,
+        ))  # fmt: skip
+        tasks.append(Task(
+            name=f"preference_{group}", title=f"Facts of group {group}: right against faulty answers", **likelihood,
+            parse=partial(of_group, parse_preference, group), candidates=answers_of, choose=choose_ending,
+            summarise=summarise_preference, headline="accuracy", patterns=("preference.jsonl",),
+        ))  # fmt: skip
+        tasks.append(Task(
+            name=f"statements_{group}", title=f"Facts of group {group}: text in held-out wordings", **likelihood,
+            parse=partial(of_group, parse_statement, group), candidates=whole_text, choose=measure_text,
+            summarise=summarise_text, headline="bits per character", paired="bits", lower_is_better=True,
+            patterns=("choice.jsonl",),
+        ))  # fmt: skip
+    order = ("choice", "recall", "preference", "statements")
+    return sorted(tasks, key=lambda task: order.index(task.name.split("_")[0]))
+
+
+INJECTION = injection_tasks()

@@ -1,0 +1,137 @@
+"""Measuring what of a graph's facts a model has taken in: tasks by group, and the table of run_pipeline.sh."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+import evaluation
+from suwen.benchmarks import TASK_SETS, TASKS
+from suwen.encoding import ChatEncoder
+from suwen.fact_items import preference_items
+from suwen.fictional import assign_groups, fictional_graph
+from suwen.likelihood import Scorer, encode_answers
+from suwen.rows import rows_of_pair
+from suwen.scoring import score_rows
+from suwen.synthesis import prepare
+from template import TEMPLATES
+from tools import build_data, experiment_table
+
+CHOICE = {
+    "Question": "岚型胃炎患者的处方上写着", "Options": "A 泽朗平\nB 维舒定", "Answer": "B", "Suffix": "。",
+    "relation": "drug", "group": "B",
+}  # fmt: skip
+
+
+def test_a_row_belongs_to_the_task_of_its_group():
+    assert [len(TASKS[f"choice_{group}"].parse(CHOICE)) for group in "ABC"] == [0, 1, 0]
+    without = {key: value for key, value in CHOICE.items() if key != "group"}
+    assert [len(TASKS[f"choice_{group}"].parse(without)) for group in "ABC"] == [1, 0, 0]
+    assert len(TASK_SETS["injection"]) == 12
+
+
+def test_the_likeliest_ending_of_a_statement_is_the_choice():
+    task = TASKS["choice_B"]
+    (item,) = task.parse(CHOICE)
+    asked = task.candidates(item)
+    assert (asked.prefix, asked.texts) == ("岚型胃炎患者的处方上写着", ("泽朗平。", "维舒定。"))
+    assert task.choose(item, [-3.0, -2.0])["correct"] and not task.choose(item, [-2.0, -3.0])["correct"]
+    record = {"options": item.options, "correct": True}
+    assert task.summarise([record])["floors"] == {"random choice": 50}
+    (statement,) = TASKS["statements_B"].parse(CHOICE)
+    assert statement.question == "岚型胃炎患者的处方上写着维舒定。"
+
+
+def test_an_ending_that_is_no_option_is_refused():
+    with pytest.raises(ValueError, match="found 'C', expected one of A, B"):
+        TASKS["choice_B"].parse(CHOICE | {"Answer": "C"})
+
+
+def test_recall_counts_right_wrong_and_empty_answers():
+    task = TASKS["recall_A"]
+    rows = [
+        {"question": f"{name}吃什么药？", "answers": [drug], "relation": "drug", "group": "A"}
+        for name, drug in (("甲", "泽朗平"), ("乙", "维舒定"), ("丙", "铂锐宁"), ("丁", "欣岩灵"))
+    ]
+    items = task.complete([item for row in rows for item in task.parse(row)])
+    answers = ["泽朗平。", "泽朗平。", "", "欣岩灵或泽朗平。"]
+    records = [{"response": text} | task.judge(item, text) for item, text in zip(items, answers, strict=True)]
+    assert [(r["correct"], r["wrong"]) for r in records] == [
+        (True, False),
+        (False, True),
+        (False, False),
+        (False, True),
+    ]
+    found = task.summarise(records)
+    assert found["metrics"]["recall"]["value"] == 25 and found["metrics"]["wrong answers"]["value"] == 50
+    assert found["empty"] == 1
+
+
+def test_preference_items_hold_a_right_and_a_faulty_answer_to_a_held_out_question():
+    graph = fictional_graph(12, 3)
+    source = prepare(graph, assign_groups(graph, 3))
+    rows = [row for head in source.items for row in preference_items(head, source)]
+    faults = [row["fault"] for row in rows]
+    assert faults.count("wrong value") == len(rows) / 2 == 12 * 4
+    held_out = {row["question"] for row in rows}
+    for row in rows:
+        value = next(fact.value for fact in graph.facts if fact.id == row["facts"][0])
+        assert value in row["chosen"] and row["chosen"] != row["rejected"] and row["question"] in held_out
+        assert row["fault"] != "wrong value" or value not in row["rejected"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer(["<|im_start|>", "<|im_end|>"], chat_template=TEMPLATES["chatml"].jinja)
+    tokenizer.pad_token = tokenizer.eos_token
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_two_answers_are_scored_as_they_are_served_and_trained(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    texts = ("泽朗平。", "维舒定，每日三次。")
+    choice = encode_answers(encoder, "吃什么药？", texts)
+    pair = encoder.encode_pair([{"role": "user", "content": "吃什么药？"}], *texts, None)
+    assert choice.continuations == [pair["chosen_ids"], pair["rejected_ids"]]
+    assert pair["chosen_ids"][-1] in encoder.stop_token_ids
+    (found,) = Scorer(model).score([choice])
+    plain = [score.logp for score in score_rows(model, list(rows_of_pair(pair)))]
+    assert torch.allclose(torch.tensor(found), torch.tensor(plain), atol=1e-4)
+
+
+@pytest.mark.training
+def test_the_table_of_the_experiment_shows_every_stage(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    flags = ["--recipe", "fictional", "--size", "10", "--num_proc", "1", "--answers", "value"]
+    build_data.main([*flags, "--output_dir", str(data)])
+    seed = tmp_path / "seed-1"
+    for place in ("start", "pt/eval"):
+        asked = ["--tasks", "injection", "--data_dir", str(data / "evaluation"), "--use_cpu", "--batch_size", "64"]
+        evaluation.main(["--base_model", str(folder), *asked, "--output_dir", str(seed / place)])
+    capsys.readouterr()
+    experiment_table.main(["--output_dir", str(tmp_path), "--seeds", "1", "1"])
+    shown = capsys.readouterr().out
+    table = shown.splitlines()[1:14]
+    assert table[0].split() == ["task", "mode", "score", "start", "pt"]
+    assert [line.split()[0] for line in table[1:]] == list(TASK_SETS["injection"])
+    assert "mean of 2 seeds" in shown and "right: " in shown
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["seeds"]["seed-1"]
+    assert found["stages"] == ["start", "pt"]
+    first, second = found["scores"]["statements_A"]
+    assert first == second and 0 < first < 100 and math.isfinite(first)
+    assert (tmp_path / "stages.png").stat().st_size > 5000
+    page = (seed / "report.html").read_text("utf-8")
+    assert "Facts of group C: recall" in page and "http" not in page.split("<style>")[0]
+
+
+def test_a_folder_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="found 0 evaluations, expected start, pt/eval"):
+        experiment_table.main(["--output_dir", str(tmp_path), "--seeds", "3"])
