@@ -67,6 +67,8 @@ def test_recall_counts_right_wrong_and_empty_answers():
     found = task.summarise(records)
     assert found["metrics"]["recall"]["value"] == 25 and found["metrics"]["wrong answers"]["value"] == 50
     assert found["empty"] == 1
+    (several,) = task.parse({"question": "甲有哪些表现？", "answers": ["左腕发麻", "舌尖刺痛"]})
+    assert [task.judge(several, text)["correct"] for text in ("左腕发麻。", "舌尖刺痛、左腕发麻。")] == [False, True]
 
 
 def test_preference_items_hold_a_right_and_a_faulty_answer_to_a_held_out_question():

@@ -2,8 +2,8 @@
 
     python tools/experiment_table.py --output_dir outputs/pipeline --seeds 1 2
 
-The folder of each seed, outputs/pipeline/seed-1, holds evaluations of `evaluation.py --tasks injection`: start, pt/eval, sft/eval, dpo/eval. Written
-are comparison.json and report.html for each seed, and results.json and stages.png for all of them.
+The folder of a seed, outputs/pipeline/seed-1, holds evaluations of `evaluation.py --tasks injection`: start, pt/eval,
+sft/eval, dpo/eval. Written are comparison.json and report.html for each seed, and results.json and stages.png for all.
 """
 
 import argparse

@@ -16,6 +16,7 @@ import numpy as np
 from suwen.benchmarks.facts import add_distractors, judge_fact, parse_fact
 from suwen.benchmarks.general_text import measure_text, summarise_text, unasked, whole_text
 from suwen.benchmarks.task import Candidates, Item, Record, Row, Task, rate, text_of
+from suwen.benchmarks.terms import named, normalise_term
 from suwen.formats import BadRow
 from suwen.statistics import bootstrap_interval
 
@@ -67,8 +68,10 @@ def summarise_choice(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def judge_recall(item: Item, answer: str) -> Record:
+    """Right where every value is named, and none of the wrong ones that stand beside the item."""
     found = judge_fact(item, answer)
-    return found | {"wrong": bool(answer.strip()) and not found["correct"]}
+    correct = found["correct"] and all(named(value, normalise_term(answer)) for value in item.target)
+    return found | {"correct": correct, "wrong": bool(answer.strip()) and not correct}
 
 
 def summarise_recall(records: Sequence[Record]) -> dict[str, Any]:
