@@ -3,11 +3,14 @@
     python evaluation.py --base_model outputs/sft --output_dir outputs/sft/eval
     python evaluation.py --base_model outputs/sft --tasks cmexam,huatuo --data_dir DIR --output_dir outputs/sft/eval
     python evaluation.py --compare outputs/pt/eval outputs/sft/eval outputs/dpo/eval
+    python evaluation.py --base_model outputs/sft --knowledge_index outputs/knowledge --data_file questions.jsonl
     python evaluation.py --api_base http://127.0.0.1:8000/v1 --model NAME --tasks exam --output_dir outputs/served/eval
 
 Without --tasks the project's own small sets are taken (data/evaluation). Choice questions are asked twice: which
 letters the model finds likeliest, and what it writes when served. The output folder holds a record of every item,
-results.json and report.html; the same command goes on where it was stopped. Scores are no permission to give advice.
+results.json and report.html; the same command goes on where it was stopped. With --knowledge_index each question
+({"question", "answer", "document"}) is asked closed book and with passages: retrieved, right and wrong ones. Scores
+are no permission to give advice.
 """
 
 from __future__ import annotations
@@ -18,9 +21,18 @@ from typing import Any
 
 from suwen.arguments import run
 from suwen.benchmarks import TASK_SETS, TASKS
-from suwen.serving import add_model_flags, check_serving_flags, find_default_model, serving_parser
+from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
+from suwen.serving import (
+    add_endpoint_flags,
+    add_model_flags,
+    check_endpoint_flags,
+    check_serving_flags,
+    find_default_model,
+    serving_parser,
+)
 
 MODES = {"both": ("likelihood", "generate"), "likelihood": ("likelihood",), "generate": ("generate",)}
+ANSWER_TOKENS = 128  # of answers from passages
 PROTOCOLS = ("suwen", "cmexam_official")
 
 
@@ -56,20 +68,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--thinking", choices=("auto", "on", "off"), default="auto", help="where the template can (default: auto)"
     )
-    group = parser.add_argument_group("an endpoint instead of a model (key: OPENAI_API_KEY)")
-    group.add_argument("--api_base", metavar="URL", help="OpenAI-compatible, such as http://127.0.0.1:8000/v1")
-    group.add_argument("--model", metavar="NAME", help="the model's name there")
-    group.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
+    add_endpoint_flags(parser)
     add_model_flags(parser)
+    add_retrieval_flags(parser)
     args = parser.parse_args(argv)
-    for name in ("max_samples", "batch_size", "max_new_tokens", "concurrency"):
+    for name in ("max_samples", "batch_size", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: found {value}, expected at least 1")
     if bool(args.api_base) != bool(args.model):
         raise ValueError("--api_base and --model: an endpoint needs both")
-    if args.api_base and (args.base_model or args.lora_model):
-        raise ValueError("--api_base and --base_model: give one of them")
+    check_endpoint_flags(args)
+    check_retrieval_flags(args)
+    if args.knowledge_index and not args.data_file:
+        raise ValueError("--knowledge_index: needs --data_file, questions with the document that answers each")
     if args.api_base and args.modes == "likelihood":
         raise ValueError("--modes likelihood: an endpoint gives no likelihoods, expected generate or both")
     args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed = 0.0, 1.0, 0, 1.0, None
@@ -100,13 +112,19 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.report import format_results
 
     # Inputs: tasks, their files, and items, so that a mistake in them shows before a model is loaded
-    tasks = evaluate.parse_tasks(args.tasks, args.protocol)
-    named = evaluate.parse_data_files(args.data_file, tasks)
-    files = {task.name: evaluate.find_task_files(task, args.data_dir, named) for task in tasks}
-    settings = evaluate.Settings(
-        MODES[args.modes], args.max_samples, args.max_new_tokens, args.batch_size, args.system_prompt
-    )
-    read = evaluate.read_tasks(tasks, files, settings)
+    knowledge = load_knowledge(args)
+    if knowledge is not None:
+        from suwen.retrieval.evaluation import evaluate_retrieval, format_retrieval, read_questions
+
+        questions = read_questions(args.data_file)[: args.max_samples]
+    else:
+        tasks = evaluate.parse_tasks(args.tasks, args.protocol)
+        named = evaluate.parse_data_files(args.data_file, tasks)
+        files = {task.name: evaluate.find_task_files(task, args.data_dir, named) for task in tasks}
+        settings = evaluate.Settings(
+            MODES[args.modes], args.max_samples, args.max_new_tokens, args.batch_size, args.system_prompt
+        )
+        read = evaluate.read_tasks(tasks, files, settings)
 
     # Model: a local one, or an endpoint
     served: Any = None
@@ -127,6 +145,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.output_dir or (f"{stage}/eval" if ours else f"outputs/{stage.name}/eval")
 
     # Evaluation: records, scores, report
+    if knowledge is not None:
+        found = evaluate_retrieval(knowledge, questions, ask, args.max_new_tokens or ANSWER_TOKENS, Path(folder))
+        print(format_retrieval(found))
+        print(f"written to {folder}: retrieval.json, retrieval_records.jsonl")
+        return
     results = evaluate.evaluate(tasks, files, Path(folder), settings, identity, served, ask, read)
     print(format_results(results))
     print(f"written to {folder}: records/, results.json, report.html")

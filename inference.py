@@ -8,28 +8,32 @@
 Without --base_model the newest finished stage in outputs/ answers, else the embedded model; without --interactive and
 --data_file a few example questions are answered. A file of questions (.jsonl with prompt, messages, conversations,
 question or instruction, .csv, .parquet, or .txt with a question a line) is answered in batches; the same command again
-goes on where it was stopped; answers go to .jsonl or .csv. With --knowledge_index (tools/build_index.py) they name
-their sources. The answers are research output, not medical advice.
+goes on where it was stopped; answers go to .jsonl or .csv. `accelerate launch inference.py` shares the questions out
+to all GPUs; --api_base asks a server instead, many questions at once. With --knowledge_index (tools/build_index.py)
+answers name their sources. They are research output, not medical advice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suwen.arguments import run
-from suwen.prompts import AnswerFile, Prompt, folder_state, load_prompts, prompts_sha256, with_system_prompt
+from suwen.client import Endpoint, EndpointError
+from suwen.prompts import Prompt, load_prompts, with_system_prompt
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (
     Served,
+    add_endpoint_flags,
     add_model_flags,
     add_removed_flags,
     add_sampling_flags,
+    check_endpoint_flags,
     check_serving_flags,
     generation_settings,
     load_served,
@@ -38,7 +42,7 @@ from suwen.serving import (
 )
 
 if TYPE_CHECKING:
-    from suwen.generation import Answer
+    from suwen.chat_models import Ask
     from suwen.retrieval.search import Hit, KnowledgeBase
 
 EXAMPLES = (
@@ -76,6 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--batch_size", "--eval_batch_size", type=int, default=8, metavar="N", help="questions at once (default: 8)"
     )
     add_model_flags(parser)
+    add_endpoint_flags(parser)
     add_sampling_flags(parser)
     add_retrieval_flags(parser)
     add_removed_flags(parser, {"max_length": "use --max_new_tokens; a prompt may fill the model's window"})
@@ -86,97 +91,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--output_file: needs --data_file, the questions to answer")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size: found {args.batch_size}, expected at least 1")
+    if args.api_base and not args.model:
+        raise ValueError("--api_base: also needs --model, the model's name there")
+    if args.interactive and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--interactive: for one process, found several; start it by python")
+    check_endpoint_flags(args)
     check_serving_flags(args)
     check_retrieval_flags(args)
     return args
 
 
-def answer_batches(
-    served: Served,
-    prompts: list[Prompt],
-    todo: list[int],
-    args: argparse.Namespace,
-    knowledge: KnowledgeBase | None = None,
-) -> Iterator[tuple[int, Answer, Sequence[Hit]]]:
-    """Yield (index, answer, its sources) for the prompts in `todo`; see `generate_many`."""
-    from suwen.generation import Answer, generate_many
-    from suwen.retrieval.grounding import NOT_FOUND, Prepared, prepare
+def answer_examples(served: Served | Endpoint, args: argparse.Namespace, knowledge: KnowledgeBase | None) -> None:
+    from suwen.file_answers import answers_of
 
-    settings = generation_settings(args)
-    prepared: dict[int, Prepared] = {}
-    for index in todo:
-        prompt = prompts[index]
-        try:
-            prepared[index] = prepare(
-                served.encoder, prompt.messages, served.window, settings.max_new_tokens, knowledge
-            )
-        except ValueError as error:
-            raise ValueError(f"{prompt.where}: {error}") from None
-        if dropped := prepared[index].dropped:
-            say(f"note: {prompt.where}: oldest turns ({dropped} tokens) left out to fit the model's window")
-        if prepared[index].abstained:
-            yield index, Answer(NOT_FOUND, "", [], "stop"), ()
-    encoded = {index: found.ids for index, found in prepared.items() if not found.abstained}
-    for index, answer in generate_many(served.model, served.encoder, encoded, settings, args.batch_size, say):
-        yield index, answer, prepared[index].hits
-
-
-def answer_file(
-    served: Served, prompts: list[Prompt], args: argparse.Namespace, knowledge: KnowledgeBase | None
-) -> None:
-    from tqdm import tqdm
-
-    settings = (
-        "template_name quantization dtype thinking max_new_tokens temperature top_p top_k repetition_penalty seed"
-    )
-    record = {
-        "model": {name: folder_state(name) for name in served.names},
-        "tokenizer": args.tokenizer_path,
-        "questions": prompts_sha256(prompts),
-        **{name: getattr(args, name) for name in (*settings.split(), "with_prompt")},
-    }
-    if knowledge is not None:
-        record["knowledge"] = [knowledge.record["data"], args.num_passages, args.min_relevance, args.rerank_model]
-    output = AnswerFile(args.output_file or "predictions.jsonl", len(prompts), record)
-    todo = output.missing
-    if output.done:
-        say(f"{output.path}: {len(output.done)} of {len(prompts)} questions are answered already")
-    started, tokens = time.perf_counter(), 0
-    with tqdm(total=len(prompts), initial=len(output.done), unit="question", disable=not todo) as progress:
-        for index, answer, hits in answer_batches(served, prompts, todo, args, knowledge):
-            tokens += len(answer.token_ids)
-            output.append([answer_row(index, prompts[index], answer, hits, args)])
-            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-            progress.update()
-    output.finish()
-    say(f"{len(prompts)} answers: {output.table or output.path}")
-
-
-def answer_row(index: int, prompt: Prompt, answer: Answer, hits: Sequence[Hit], args: argparse.Namespace) -> dict:
-    row: dict = {"index": index}
-    if args.with_prompt:
-        row["prompt"] = prompt.messages[-1]["content"]
-        if len(prompt.messages) > 1:
-            row["messages"] = prompt.messages
-    row["response"] = answer.content
-    if answer.reasoning:
-        row["reasoning"] = answer.reasoning
-    row |= {"finish_reason": answer.finish_reason, "num_tokens": len(answer.token_ids)}
-    if args.knowledge_index:
-        from suwen.retrieval.grounding import check_citations, source_rows
-
-        citations = check_citations(answer.content, [hit.passage for hit in hits])
-        row |= {"sources": source_rows(hits), "citations": vars(citations)}
-    return row
-
-
-def answer_examples(served: Served, args: argparse.Namespace, knowledge: KnowledgeBase | None) -> None:
     say("no --interactive and no --data_file: answering the example questions")
     prompts = [
         Prompt(f"example {number}", with_system_prompt([{"role": "user", "content": text}], args.system_prompt))
         for number, text in enumerate(EXAMPLES, start=1)
     ]
-    found = answer_batches(served, prompts, list(range(len(prompts))), args, knowledge)
+    found = answers_of(served, prompts, list(range(len(prompts))), args, knowledge)
     answers = {index: (answer, hits) for index, answer, hits in found}
     for index, prompt in enumerate(prompts):
         answer, hits = answers[index]
@@ -205,8 +138,10 @@ def print_sources(answer: str, hits: Sequence[Hit]) -> None:
 class Chat:
     """A conversation in the terminal: its messages, and what its commands do."""
 
-    def __init__(self, served: Served, args: argparse.Namespace, knowledge: KnowledgeBase | None = None) -> None:
-        self.served, self.args, self.knowledge = served, args, knowledge
+    def __init__(
+        self, names: list[str], ask: Ask, args: argparse.Namespace, knowledge: KnowledgeBase | None = None
+    ) -> None:
+        self.names, self.ask_model, self.args, self.knowledge = names, ask, args, knowledge
         self.settings = generation_settings(args)
         self.system_prompt = args.system_prompt
         self.turns: list[dict] = []
@@ -240,7 +175,7 @@ class Chat:
         if not path or not self.turns:
             print("(/save FILE: expected a file)" if not path else "(nothing to save yet)")
             return
-        row = {"messages": self.messages, "model": " + ".join(self.served.names), "ai_generated": True}
+        row = {"messages": self.messages, "model": " + ".join(self.names), "ai_generated": True}
         try:
             with open(Path(path).expanduser(), "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -260,28 +195,19 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Stream the answer to stdout; Ctrl-C keeps what came so far."""
-        from suwen.generation import stream
-        from suwen.retrieval.grounding import NOT_FOUND, prepare
-
         messages = [*self.messages, {"role": "user", "content": question}]
         try:
-            prepared = prepare(
-                self.served.encoder, messages, self.served.window, self.settings.max_new_tokens, self.knowledge
-            )
+            reply = self.ask_model(messages, self.settings, self.knowledge)
         except ValueError as error:
             print(f"({error})")
             return
-        if prepared.abstained:
-            print(NOT_FOUND)
-            return
-        if prepared.dropped:
-            print(f"(the oldest turns, {prepared.dropped} tokens, no longer fit the model's window and are left out)")
-        if self.args.with_prompt:
-            print(self.served.encoder.tokenizer.decode(prepared.ids))
+        if reply.dropped:
+            print(f"(the oldest turns, {reply.dropped} tokens, no longer fit the model's window and are left out)")
+        if self.args.with_prompt and reply.prompt:
+            print(reply.prompt)
         parts = {"reasoning": "", "content": ""}
-        pieces = stream(self.served.model, self.served.encoder, prepared.ids, self.settings)
         try:
-            for kind, text in pieces:
+            for kind, text in reply.pieces:
                 if kind == "reasoning" and not parts["reasoning"]:
                     print("[思考] ", end="")
                 elif kind == "content" and not parts["content"] and parts["reasoning"]:
@@ -291,10 +217,12 @@ class Chat:
             print()
         except KeyboardInterrupt:
             print(" (stopped)")
+        except EndpointError as error:
+            print(f"({error})")
         finally:
-            pieces.close()
-        print_sources(parts["content"], prepared.hits)
-        if self.args.single_turn or not parts["content"]:
+            reply.pieces.close()
+        print_sources(parts["content"], reply.hits)
+        if self.args.single_turn or reply.abstained or not parts["content"]:
             return  # an unanswered question is not part of the conversation
         answer = {"role": "assistant", "content": parts["content"]}
         if parts["reasoning"]:
@@ -319,12 +247,17 @@ def read_entry(prompt: str) -> str:
     return "\n".join(lines).strip().encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
 
 
-def chat(served: Served, args: argparse.Namespace, knowledge: KnowledgeBase | None) -> None:
+def chat(served: Served | Endpoint, args: argparse.Namespace, knowledge: KnowledgeBase | None) -> None:
+    from suwen.chat_models import alone, endpoint_model
+
     try:
         import readline  # noqa: F401  line editing that knows wide characters, and the history of the session
     except ImportError:
         pass
-    conversation = Chat(served, args, knowledge)
+    if isinstance(served, Served):
+        conversation = Chat(served.names, alone(served), args, knowledge)
+    else:
+        conversation = Chat([served.model], endpoint_model(served).ask, args, knowledge)
     print("素问 Suwen: research output, not medical advice (不构成医疗建议；急症请拨打120). /help lists the commands.")
     while True:
         try:
@@ -351,10 +284,15 @@ def main(argv: list[str] | None = None) -> None:
 
     prompts = load_prompts(args.data_file, args.system_prompt) if args.data_file else []
     knowledge = load_knowledge(args)
-    served = load_served(args)
+    if args.api_base:
+        served: Served | Endpoint = Endpoint(args.api_base, args.model, concurrency=args.concurrency)
+    else:
+        served = load_served(args)
     if args.interactive:
         chat(served, args, knowledge)
     elif args.data_file:
+        from suwen.file_answers import answer_file
+
         answer_file(served, prompts, args, knowledge)
     else:
         answer_examples(served, args, knowledge)

@@ -99,11 +99,16 @@ def clients(served: Served, questions: list[list[dict]], args: argparse.Namespac
         tokens = sum(pool.map(ask, questions))
     rate = tokens / (time.perf_counter() - started)
     body = {"model": "m", "messages": questions[0], "stream": True}
-    started = time.perf_counter()
-    with httpx.stream("POST", address, json=body, timeout=600) as reply:
-        lines = (line for line in reply.iter_lines() if '"content": ""' not in line and line)
-        next(lines)
-        first = time.perf_counter() - started
+    firsts = []
+    with httpx.Client(timeout=600) as client:  # made before the clock runs: reading certificates takes 100 ms
+        client.get(f"http://127.0.0.1:{args.port}/health")
+        for _ in range(5):
+            started = time.perf_counter()
+            with client.stream("POST", address, json=body) as reply:
+                lines = (line for line in reply.iter_lines() if '"content": ""' not in line and line)
+                next(lines)
+                firsts.append(time.perf_counter() - started)
+    first = sorted(firsts)[2]  # the median
     server.should_exit = True
     thread.join()
     return rate, first

@@ -1,4 +1,4 @@
-"""Chat completions from any OpenAI-compatible endpoint: retries, concurrency, no streaming.
+"""Chat completions from any OpenAI-compatible endpoint: whole ones with retries, many at once, or one that streams.
 
 endpoint = Endpoint("http://127.0.0.1:8000/v1", "suwen")
 for index, reply in complete_chats(endpoint, conversations, max_tokens=256, temperature=0):
@@ -7,10 +7,11 @@ for index, reply in complete_chats(endpoint, conversations, max_tokens=256, temp
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from suwen.formats import THINKING
+from suwen.generation_settings import GenerationSettings
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -53,9 +55,13 @@ class Endpoint:
             )
 
     @property
-    def url(self) -> str:
+    def root(self) -> str:
         base = self.base_url.rstrip("/")
-        return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
+        return base if urlsplit(base).path else f"{base}/v1"
+
+    @property
+    def url(self) -> str:
+        return f"{self.root}/chat/completions"
 
 
 class Reply(NamedTuple):
@@ -71,6 +77,93 @@ def open_client(endpoint: Endpoint) -> httpx.Client:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
     return httpx.Client(headers=headers, timeout=endpoint.timeout, limits=limits)
+
+
+def sampling(settings: GenerationSettings) -> dict[str, Any]:
+    """Settings by OpenAI's names; those that only vLLM and api_server.py know, where they are used."""
+    asked: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "temperature": settings.temperature}
+    if settings.temperature:
+        asked["top_p"] = settings.top_p
+        asked |= {"top_k": settings.top_k} if settings.top_k else {}
+        asked |= {"seed": settings.seed} if settings.seed is not None else {}
+    if settings.repetition_penalty != 1:
+        asked["repetition_penalty"] = settings.repetition_penalty
+    return asked
+
+
+def list_models(endpoint: Endpoint) -> list[str]:
+    """The names that an endpoint serves, in its order."""
+    url = f"{endpoint.root}/models"
+    with open_client(endpoint) as client:
+        try:
+            response = client.get(url)
+        except httpx.TransportError as error:
+            raise EndpointError(f"--api_base: {url}: {type(error).__name__}: {error}") from None
+    if response.status_code != 200:
+        raise EndpointError(f"--api_base: {url}: HTTP {response.status_code}: {error_text(response)}")
+    try:
+        names = [row["id"] for row in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        names = []
+    if not names:
+        raise EndpointError(f"--api_base: {url}: found no models, expected a list of them; name one by --model")
+    return names
+
+
+def stream_chat(
+    endpoint: Endpoint,
+    client: httpx.Client,
+    messages: Sequence[dict],
+    on_usage: Callable[[int], None] = lambda tokens: None,
+    **sampling: Any,
+) -> Generator[tuple[str, str], None, None]:
+    """The parts of one answer as they come, ("reasoning" or "content", text); closing the iterator hangs up.
+
+    Args:
+        on_usage: told the answer's tokens at its end, by endpoints that count them.
+
+    Raises:
+        EndpointError: refused, lost on the way, or an answer of another shape. There are no retries.
+    """
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": endpoint.model, "messages": list(messages), **options, **sampling}
+    try:
+        with client.stream("POST", endpoint.url, json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise EndpointError(f"{endpoint.url}: HTTP {response.status_code}: {error_text(response)}")
+            for line in _lines(response):
+                data = line.removeprefix("data:").strip()
+                if line.startswith("data:") and data != "[DONE]":
+                    yield from _stream_parts(endpoint, data, on_usage)
+    except httpx.HTTPError as error:
+        raise EndpointError(f"{endpoint.url}: {type(error).__name__}: {error}") from None
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Lines as server-sent events mean them; httpx would also break at the U+2028 of a text."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode("utf-8", errors="replace") for line in lines)
+    yield rest.decode("utf-8", errors="replace")
+
+
+def _stream_parts(endpoint: Endpoint, data: str, on_usage: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+    try:
+        event = json.loads(data)
+        if "error" in event:
+            raise EndpointError(f"{endpoint.url}: {event['error'].get('message', event['error'])}")
+        if usage := event.get("usage"):
+            on_usage(usage["completion_tokens"])
+        for choice in event["choices"][:1]:
+            for kind, name in (("reasoning", "reasoning_content"), ("content", "content")):
+                if part := choice["delta"].get(name):
+                    yield kind, part
+    except EndpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise EndpointError(f"{endpoint.url}: found {data[:120]!r}, expected a part of a chat completion") from None
 
 
 def complete_chat(endpoint: Endpoint, client: httpx.Client, messages: Sequence[dict], **sampling: Any) -> Reply:

@@ -113,7 +113,7 @@ class AnswerFile:
         self.path, self.count, self.run, self.key = Path(path), count, run, key
         self.table: Path | None = None
         if self.path.suffix.lower() == ".csv":
-            self.table, self.path = self.path, self.path.with_name(self.path.name + ".jsonl")
+            self.table, self.path = self.path, self.rows_path(path)
             if self.table.exists() and not self.path.exists():
                 raise ValueError(f"--output_file: {self.table} exists and is not of this program; give another one")
         self.record = run_record(self.path)
@@ -121,6 +121,12 @@ class AnswerFile:
         self.done = self._read() if self.path.exists() else set()
         self.record.write_text(json.dumps(run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         self.stream = open(self.path, "a", encoding="utf-8")
+
+    @staticmethod
+    def rows_path(path: str | Path) -> Path:
+        """Where the rows grow: beside a table, else in the file itself."""
+        path = Path(path)
+        return path.with_name(path.name + ".jsonl") if path.suffix.lower() == ".csv" else path
 
     @property
     def missing(self) -> list[int]:

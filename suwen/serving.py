@@ -94,6 +94,23 @@ def add_model_flags(parser: argparse.ArgumentParser, switchable: bool = False) -
     )
 
 
+def add_endpoint_flags(parser: argparse.ArgumentParser, concurrency: bool = True) -> None:
+    group = parser.add_argument_group("an endpoint instead of a model (key: OPENAI_API_KEY)")
+    group.add_argument("--api_base", metavar="URL", help="OpenAI-compatible, such as http://127.0.0.1:8000/v1")
+    group.add_argument("--model", metavar="NAME", help="the model's name there")
+    if concurrency:
+        group.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
+
+
+def check_endpoint_flags(args: argparse.Namespace) -> None:
+    if args.api_base and (args.base_model or args.lora_model):
+        raise ValueError("--api_base and --base_model: give one of them")
+    if args.model and not args.api_base:
+        raise ValueError("--model: names a model of an endpoint; needs --api_base")
+    if getattr(args, "concurrency", 1) < 1:
+        raise ValueError(f"--concurrency: found {args.concurrency}, expected at least 1")
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
     group.add_argument("--system_prompt", default="", metavar="TEXT", help="system prompt (default: none)")
@@ -184,6 +201,8 @@ def load_served(args: argparse.Namespace) -> Served:
     import torch
 
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+    if device == "cuda":  # of several processes that answer together, each has its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     from transformers.utils import logging
 
     from suwen.encoding import ChatEncoder

@@ -1,9 +1,8 @@
-"""Answers: batches, streams, stops, files that go on where they were cut off, the terminal and the page."""
+"""Answers: batches, streams, stops, files that go on where they were cut off, the terminal."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-import gradio_demo
 import inference
 from suwen.encoding import ChatEncoder
 from suwen.generation import (
@@ -693,117 +691,4 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
         assert b"(stopped)" in rest and process.returncode == 0
     finally:
         process.kill()
-        process.wait()
-
-
-# The page
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0: anyone who can reach it"),
-        (["--host", "example.org"], "--auth user:password"),
-        (["--host", "::"], "--auth user:password"),
-        (["--auth", "user"], "--auth: expected user:password"),
-        (["--port", "70000"], "--port: found 70000"),
-        (["--share"], "--share is not available"),
-    ],
-)
-def test_the_page_refuses_to_be_open_to_everyone(words, message):
-    with pytest.raises(ValueError, match=message):
-        gradio_demo.parse_arguments(words)
-
-
-def test_the_page_listens_elsewhere_with_a_log_in():
-    assert gradio_demo.parse_arguments(["--host", "0.0.0.0", "--auth", "a:b:c"]).auth == "a:b:c"
-    assert gradio_demo.parse_arguments(["--host", "::1"]).auth is None
-
-
-def test_a_port_in_use_is_said_before_the_model_loads():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"--port {port}: Address already in use"):
-            gradio_demo.main(["--port", str(port), "--base_model", "never/loaded"])
-
-
-def test_the_pages_history_becomes_messages():
-    def said(role, text, title=None):
-        return {
-            "role": role,
-            "content": [{"type": "text", "text": text}],
-            "metadata": {"title": title} if title else None,
-        }
-
-    history = [
-        said("user", "咳嗽"),
-        said("assistant", "想一想", "思考过程"),
-        said("assistant", "多喝水"),
-        said("user", "没有等到回答"),
-        said("user", "发热"),
-        {"role": "assistant", "content": "休息"},
-        said("user", "停在思考"),
-        said("assistant", "想一", "思考过程"),
-    ]
-    assert gradio_demo.history_messages(history) == [
-        {"role": "user", "content": "咳嗽"},
-        {"role": "assistant", "content": "多喝水", "reasoning_content": "想一想"},
-        {"role": "user", "content": "发热"},
-        {"role": "assistant", "content": "休息"},
-    ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.distributed
-def test_the_page_streams_over_turns_stops_and_asks_for_the_log_in(folder, model, encoder, tmp_path):
-    gradio_client = pytest.importorskip("gradio_client")
-    port = free_port()
-    words = ["--base_model", str(folder), "--use_cpu", "--port", str(port), "--auth", "doctor:secret:word"]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen([sys.executable, "gradio_demo.py", *words], cwd=ROOT, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while b"page: http" not in (tmp_path / "log").read_bytes():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.2)
-        address = f"http://127.0.0.1:{port}"
-        with pytest.raises(Exception, match="(?i)auth|log"):
-            gradio_client.Client(address, verbose=False)
-        client = gradio_client.Client(address, auth=("doctor", "secret:word"), verbose=False)
-
-        def ask_page(question, max_new_tokens):
-            values = (question, "你是医生", max_new_tokens, 0, 0.9, 1)
-            return client.submit(*values, api_name="/chat")
-
-        def expected(messages):
-            settings = GenerationSettings(max_new_tokens=24)
-            return generate_batch(model, encoder, [encoder.encode_prompt(messages)], settings)[0].content
-
-        messages = [{"role": "system", "content": "你是医生"}, *user("咳嗽")]
-        first = ask_page("咳嗽", 24)
-        assert first.result() == expected(messages)
-        shown = first.outputs()
-        assert len(shown) > 5 and all(b.startswith(a) for a, b in zip(shown, shown[1:], strict=False))
-        messages += [{"role": "assistant", "content": first.result()}, *user("发热呢？")]
-        started = time.monotonic()
-        assert ask_page("发热呢？", 24).result() == expected(messages)
-        taken = time.monotonic() - started
-        long = ask_page("头痛", 3900)
-        while not long.outputs():
-            time.sleep(0.05)
-        long.cancel()
-        started = time.monotonic()
-        assert ask_page("再见", 4).result()
-        assert time.monotonic() - started < 3 + 5 * taken  # the stopped answer no longer holds the model
-        with pytest.raises(Exception, match="question is empty"):
-            ask_page("  ", 4).result()
-    finally:
-        process.terminate()
         process.wait()

@@ -442,3 +442,28 @@ def test_settings_name_the_flag_that_is_wrong():
 def test_a_passage_survives_its_way_to_the_disk():
     passage = Passage("题", "节", "a.pdf", 3, (1, 5), "0" * 64, "正文。", ("control tokens",))
     assert Passage.from_dict(json.loads(json.dumps(passage.to_dict()))) == passage
+
+
+def test_personal_data_is_counted_or_masked_before_anything_is_written(tmp_path):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    number, phone = "11010519491231002X", "13812345678"
+    (documents / "病历.txt").write_text(
+        f"出院小结\n姓名：王小明\n身份证 {number}，电话 {phone}。\n诊断：肺炎。\n", "utf-8"
+    )
+
+    def build(pii):
+        report = build_index([str(documents)], str(tmp_path / "index"), pii=pii)
+        text = "".join(file.read_text("utf-8") for file in (tmp_path / "index").rglob("*.jsonl"))
+        return report, text
+
+    report, text = build("report")
+    assert report.personal_data == {"resident_id": 1, "phone": 1, "name": 1}
+    assert number in text and phone in text
+    assert "personal data, found and left as it is" in report.lines()[-1]
+    report, text = build("mask")
+    assert report.unchanged == 0 and report.personal_data == {"resident_id": 1, "phone": 1, "name": 1}
+    assert number not in text and phone not in text and "王小明" not in text and "[电话]" in text and "肺炎" in text
+    again, _ = build("mask")
+    assert again.unchanged == 1 and again.personal_data == report.personal_data
+    assert build("keep")[0].personal_data == {} and number in build("keep")[1]

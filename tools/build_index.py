@@ -36,6 +36,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--question_prefix", default="", metavar="TEXT", help="what the embedding model expects before a question"
     )
     parser.add_argument("--passage_prefix", default="", metavar="TEXT", help="and before a passage")
+    parser.add_argument(
+        "--pii",
+        choices=("keep", "report", "mask"),
+        default="keep",
+        help="personal data (IDs, telephone numbers, names behind labels ...): count it, or mask it (default: keep)",
+    )
     args = parser.parse_args(argv)
     if not 50 <= args.passage_characters <= 4000:
         raise ValueError(f"--passage_characters: found {args.passage_characters}, expected 50 to 4000")
@@ -53,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.embedding_model:
         embed = Embedder(args.embedding_model, args.question_prefix, args.passage_prefix)
     started = time.perf_counter()
-    report = build_index(args.documents, args.output_dir, args.passage_characters, embed, progress=sys.stderr.isatty())
+    report = build_index(
+        args.documents, args.output_dir, args.passage_characters, embed, progress=sys.stderr.isatty(), pii=args.pii
+    )
     print("\n".join(report.lines()))
     print(f"{args.output_dir}: built in {time.perf_counter() - started:.1f} s")
 

@@ -12,13 +12,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from suwen.personal_data import find_personal_data, mask_personal_data
 from suwen.readers import Refusal, find_files, hash_file
 from suwen.retrieval import passages as passages_module
 from suwen.retrieval import terms as terms_module
@@ -26,7 +27,7 @@ from suwen.retrieval.bm25 import BLOCK_PASSAGES, PostingsBuilder, save
 from suwen.retrieval.documents import DOCUMENT_SUFFIXES, read_sections
 from suwen.retrieval.passages import Passage, Section, cut_passages
 
-FORMAT = 2
+FORMAT = 3
 # What decides the content of an index besides its documents
 VERSIONS = {"format": FORMAT, "passages": passages_module.VERSION, "terms": terms_module.VERSION}
 
@@ -44,6 +45,8 @@ class BuildReport:
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     refusals: list[str] = field(default_factory=list)  # messages
     flagged: Counter[str] = field(default_factory=Counter)  # passages, by reason
+    pii: str = "keep"
+    personal_data: Counter[str] = field(default_factory=Counter)  # found (and masked), by kind
 
     def lines(self) -> list[str]:
         taken = f", {self.unchanged} of them unchanged" if self.unchanged else ""
@@ -56,17 +59,28 @@ class BuildReport:
         lines += [f"left out: {count} × {reason}" for reason, count in self.refused.most_common()]
         lines += [f"  {message}" for message in self.refusals[:10]]
         lines += [f"flagged: {count} passages with {reason}" for reason, count in self.flagged.most_common()]
+        if self.pii != "keep":
+            done = "masked" if self.pii == "mask" else "found and left as it is"
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in self.personal_data.most_common()) or "none"
+            lines.append(f"personal data, {done}: {kinds}")
         return lines
 
 
 def build_index(
-    documents: list[str], output_dir: str, passage_characters: int = 400, embed: Any = None, progress: bool = False
+    documents: list[str],
+    output_dir: str,
+    passage_characters: int = 400,
+    embed: Any = None,
+    progress: bool = False,
+    pii: str = "keep",
 ) -> BuildReport:
     """Index the documents behind files, folders or globs into `output_dir`.
 
     Args:
         passage_characters: about so many a passage.
         embed: a `dense.Embedder` for dense retrieval; None for BM25 alone.
+        pii: what becomes of personal data (suwen/personal_data.py): "report" counts it, "mask" puts the name of its
+            kind in its place, before anything is written.
 
     Raises:
         ValueError: no document, nothing readable in them, or `output_dir` holds something else.
@@ -85,7 +99,7 @@ def build_index(
         unfinished = folder / f".building-{os.getpid()}"
         unfinished.mkdir()
         try:
-            report, record = _build(named, folder, unfinished, passage_characters, embed, progress)
+            report, record = _build(named, folder, unfinished, passage_characters, embed, progress, pii)
             if not report.passages:
                 raise ValueError(f"--documents: found nothing readable; {'; '.join(report.refusals[:3])}")
             _publish(folder, unfinished, record)
@@ -96,13 +110,19 @@ def build_index(
 
 
 def _build(
-    named: dict[str, Path], folder: Path, unfinished: Path, passage_characters: int, embed: Any, progress: bool
+    named: dict[str, Path],
+    folder: Path,
+    unfinished: Path,
+    passage_characters: int,
+    embed: Any,
+    progress: bool,
+    pii: str,
 ) -> tuple[BuildReport, dict[str, Any]]:
     """Write everything but index.json into `unfinished`; what that will say is the second result."""
-    settings = {**VERSIONS, "passage_characters": passage_characters}
+    settings = {**VERSIONS, "passage_characters": passage_characters, "pii": pii}
     before, store = _build_before(folder)
     known = before["files"] if before and before["settings"] == settings else {}
-    report, files, content = BuildReport(files=len(named)), {}, hashlib.sha256()
+    report, files, content = BuildReport(files=len(named), pii=pii), {}, hashlib.sha256()
     builder, offsets = PostingsBuilder(), [0]
     hashes: list[bytes] = []
     block: list[str] = []
@@ -112,13 +132,17 @@ def _build(
         for name, file in named.items():
             digest, size, start = hash_file(file), file.stat().st_size, len(hashes)
             refused: list[tuple[str, str]] = []
+            personal: Counter[str] = Counter()
             if store is not None and known.get(name, {}).get("sha256") == digest:
                 report.unchanged += 1
-                refused = known[name]["refused"]
+                refused, personal = known[name]["refused"], Counter(known[name]["personal_data"])
                 first, count = known[name]["passages"]
                 found: Iterator[Passage] = (store[row] for row in range(first, first + count))
             else:
-                found = cut_passages(_sections(file, name, refused), passage_characters)
+                sections = _sections(file, name, refused)
+                if pii != "keep":
+                    sections = _without_personal_data(sections, pii == "mask", personal)
+                found = cut_passages(sections, passage_characters)
             for passage in found:
                 line = json.dumps(passage.to_dict(), ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
                 stream.write(line)
@@ -133,6 +157,8 @@ def _build(
                     block = []
             spread = [start, len(hashes) - start]
             files[name] = {"sha256": digest, "bytes": size, "passages": spread, "refused": refused}
+            files[name]["personal_data"] = personal
+            report.personal_data.update(personal)
             report.refused.update(reason for reason, _ in refused)
             report.refusals += [message for _, message in refused]
             report.bytes += size
@@ -196,6 +222,19 @@ def _sections(file: Path, name: str, refused: list[tuple[str, str]]) -> Iterator
             refused.append((item.reason, item.message))
         else:
             yield item
+
+
+def _without_personal_data(sections: Iterator[Section], mask: bool, counts: Counter[str]) -> Iterator[Section]:
+    """The sections, with personal data masked where asked for; what was found is added to `counts`, by kind."""
+    for section in sections:
+        in_title, in_text = find_personal_data(section.title), find_personal_data(section.text)
+        counts.update(finding.kind for finding in in_text)
+        if section.title not in section.text:  # it is often the text's first line
+            counts.update(finding.kind for finding in in_title)
+        if mask:
+            title = mask_personal_data(section.title, in_title)
+            section = replace(section, title=title, text=mask_personal_data(section.text, in_text))
+        yield section
 
 
 def name_files(documents: list[str]) -> tuple[dict[str, Path], list[str]]:

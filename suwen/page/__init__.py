@@ -1,0 +1,1 @@
+"""The chat page: what answers behind it, and how it looks."""
