@@ -92,6 +92,30 @@ class PreferenceArguments:
 
 
 @dataclass
+class OddsRatioArguments:
+    orpo_lambda: float = flag(0.1, "weight of the odds ratio beside the better answer's own loss (arXiv:2403.07691)")
+
+    def __post_init__(self) -> None:
+        if not self.orpo_lambda >= 0:
+            raise ValueError(f"--orpo_lambda: found {self.orpo_lambda}, expected 0 or more")
+
+
+@dataclass
+class RewardArguments:
+    centering: float = flag(
+        0.01, "weight of the squared sum of a pair's scores, which holds scores around 0 (arXiv:2312.09244)"
+    )
+    margin_scale: float = flag(
+        0.0, "the better answer must be ahead by its row's margin times this (Llama 2, arXiv:2307.09288, eq. 2)"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("centering", "margin_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name}: found {getattr(self, name)}, expected 0 or more")
+
+
+@dataclass
 class RunArguments:
     output_dir: str = flag("", "everything that the run leaves")
     logging_dir: str | None = flag(None, "TensorBoard logs (tensorboard in the output folder)")
@@ -159,6 +183,8 @@ RENAMED = {
     "resume_from_checkpoint": "resume",
     "train_file": "train_file_dir",
     "rpo_alpha": "sft_weight",
+    "orpo_beta": "orpo_lambda",
+    "center_rewards_coefficient": "centering",
     "validation_file": "validation_file_dir",
 }
 # Old switches that today's defaults already are: accepted with this value, refused with any other.
