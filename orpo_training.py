@@ -1,7 +1,7 @@
 """Odds-ratio preference optimisation (ORPO): pairs of a better and a worse answer -> a model that gives the better one.
 
-SFT and preference in one stage: the better answer is trained as in SFT while the odds of the worse one fall. There is no
-reference model; the prompt that both answers share is computed once. Dropout is off, that of LoRA too.
+SFT and preference in one stage: the better answer is trained as in SFT while the odds of the worse one fall. There is
+no reference model; the prompt that both answers share is computed once. Dropout is off, that of LoRA too.
 
     DATA=data/preference bash run_orpo.sh
     python orpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train

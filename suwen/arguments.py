@@ -83,12 +83,20 @@ class LoraArguments:
 
 @dataclass
 class PreferenceArguments:
-    beta: float = flag(0.1, "how strongly the model is held to its start (DPO paper); for ipo its tau")
+    beta: float | None = flag(
+        None,
+        "how strongly the model is held to its start; for ipo its tau (0.1 as in arXiv:2305.18290; for sigmoid_norm 5"
+        " as in arXiv:2411.15124)",
+    )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = flag(
         "sigmoid", "sigmoid is DPO; sigmoid_norm the same with log-probabilities averaged over tokens"
     )
     label_smoothing: float = flag(0.0, "share of pairs that may be labelled the wrong way round (sigmoid, robust)")
     sft_weight: float = flag(0.0, "weight of the better answer's own loss a token, added (RPO, arXiv:2404.19733)")
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            self.beta = 5.0 if self.loss_type == "sigmoid_norm" else 0.1
 
 
 @dataclass
@@ -434,7 +442,7 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
 
 
 def check_preference(given: PreferenceArguments) -> None:
-    if given.beta <= 0:
+    if given.beta is None or given.beta <= 0:
         raise ValueError(f"--beta: found {given.beta}, expected a positive number")
     if not 0 <= given.label_smoothing < 0.5:
         raise ValueError(f"--label_smoothing: found {given.label_smoothing}, expected 0 to below 0.5")

@@ -223,6 +223,7 @@ class PairTrainer(PackedTrainer):
             "rewards/accuracies": (chosen > rejected).sum(),
             "rewards/margins": (chosen - rejected).sum(),
             "logps/chosen": policy.chosen.detach().sum(),
+            "logps/chosen_change": ((policy.chosen - reference.chosen) / lengths.chosen).detach().sum(),
             "logps/rejected": policy.rejected.detach().sum(),
         }
 
