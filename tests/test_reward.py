@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import QUESTIONS, arguments
+from test_stages import QUESTIONS, run_stage
 from test_training import pairs, settings
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
-import dpo_training
-import reward_modeling
 from suwen import attention
 from suwen.arguments import RewardArguments
 from suwen.batches import collate_ends
 from suwen.encoding import ChatEncoder
-from suwen.head import add_reward_forward
+from suwen.head import add_reward_forward, init_reward_head
 from suwen.lineage import find_finished_stage, find_start
+from suwen.lora_targets import linear_names
 from suwen.merging import merge_adapters
 from suwen.models import load_base, load_causal_lm
 from suwen.preference import bradley_terry_loss
@@ -67,8 +66,7 @@ def train(base: str, config, data, given: RewardArguments | None = None, **optio
 
 
 def run_rm(base: str | None, folder: Path, *more: str) -> dict:
-    reward_modeling.main(arguments("rm", base, folder, *more))
-    return json.loads((folder / "rm" / "run.json").read_text(encoding="utf-8"))
+    return run_stage("rm", base, folder, *more)
 
 
 CONVERSATIONS = [
@@ -132,8 +130,6 @@ def test_the_first_scores_are_about_as_large_as_1_and_always_the_same(base):
     first, second = (reward_model(base) for _ in range(2))
     assert torch.equal(first.score.weight, second.score.weight)
     wide = torch.nn.Linear(4095, 1, bias=False)
-    from suwen.head import init_reward_head
-
     init_reward_head(wide)
     assert wide.weight.std().item() == pytest.approx(1 / 64, rel=0.05)
 
@@ -266,10 +262,8 @@ def test_a_quantised_backbone_trains_its_adapter_and_head(base, tmp_path, quanti
 
 
 def test_a_quantised_run_goes_on_from_the_adapter_of_an_sft(base, tmp_path):
-    import supervised_finetuning
-
     lora = ["--use_peft", "--quantization", "4bit", "--max_steps", "1", "--learning_rate", "1e-2"]
-    supervised_finetuning.main(arguments("sft", base, tmp_path, *lora))
+    run_stage("sft", base, tmp_path, *lora)
     record = run_rm(str(tmp_path / "sft"), tmp_path, *lora)
     assert [Path(link["path"]).name for link in record["lineage"]] == [Path(base).name, "sft"]
     first, second = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "rm"))
@@ -278,10 +272,8 @@ def test_a_quantised_run_goes_on_from_the_adapter_of_an_sft(base, tmp_path):
 
 
 def test_a_reward_model_on_an_sft_adapter_stands_on_the_merged_one(base, tmp_path):
-    import supervised_finetuning
-
     flags = ["--use_peft", "--max_steps", "1", "--learning_rate", "1e-2"]
-    supervised_finetuning.main(arguments("sft", base, tmp_path, *flags))
+    run_stage("sft", base, tmp_path, *flags)
     assert find_start(None, str(tmp_path), "rm")[0] == str(tmp_path / "sft")
     run_rm(None, tmp_path, *flags, "--outputs", str(tmp_path))
     judge = load_reward_model(str(tmp_path / "rm"))
@@ -313,7 +305,7 @@ def test_a_reward_model_is_refused_where_answers_are_written(base, tmp_path):
         with pytest.raises(ValueError, match="is a reward model, which scores answers"):
             load_causal_lm(out)
         with pytest.raises(ValueError, match="is a reward model, which scores answers"):
-            dpo_training.main(arguments("dpo", out, folder, "--max_steps", "1"))
+            run_stage("dpo", out, folder, "--max_steps", "1")
         if flags:
             with pytest.raises(ValueError, match="is a reward model, which scores answers"):
                 merge_adapters(None, [out], str(folder / "merged"))
@@ -392,7 +384,5 @@ def test_faults_and_margins_of_rows_reach_the_report(base, tmp_path):
 
 
 def test_lora_targets_leave_the_head_to_itself(base):
-    from suwen.lora_targets import linear_names
-
     model = reward_model(base)
     assert "score" not in linear_names(model) and "q_proj" in linear_names(model)
