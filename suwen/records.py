@@ -57,6 +57,10 @@ PANELS = (
     ("token accuracy", ("token_accuracy", "eval_token_accuracy")),
     ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("repetition", ("repetition",)),
+    ("pair accuracy", ("accuracy", "eval_accuracy")),
+    ("score margin", ("margin", "eval_margin")),
+    ("log odds ratio", ("log_odds_ratio", "eval_log_odds_ratio")),
     ("learning rate", ("learning_rate",)),
 )
 

@@ -16,7 +16,9 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_training
+import orpo_training
 import pretraining
+import reward_modeling
 import supervised_finetuning
 from suwen.lineage import resolve_lineage
 from suwen.models import load_causal_lm, load_config
@@ -24,7 +26,13 @@ from template import TEMPLATES
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
+SCRIPTS = {
+    "pt": pretraining,
+    "sft": supervised_finetuning,
+    "dpo": dpo_training,
+    "orpo": orpo_training,
+    "rm": reward_modeling,
+}
 QUESTIONS = [
     "高血压怎么办？",
     "糖尿病有什么症状？",
@@ -94,7 +102,7 @@ def run_stage(stage: str, base: str | None, folder: Path, *more: str) -> dict:
     return json.loads((folder / stage / "run.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("stage", ["pt", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pt", "sft", "dpo", "orpo"])
 def test_the_minimal_call_leaves_all_that_is_promised(stage, base, tmp_path, capsys):
     record = run_stage(stage, base, tmp_path, "--max_steps", "3")
     out = tmp_path / stage
@@ -167,7 +175,8 @@ def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization
     history = json.loads((tmp_path / "dpo" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     # LLM.int8 has another kernel for inference than for training
     tolerance = 1e-5 if quantization == "4bit" else 1e-4
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=tolerance), "the reference is the adapter as it was"
+    first = next(entry["loss"] for entry in history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), abs=tolerance), "the reference is the adapter as it was"
     first, second = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
     assert first.keys() == second.keys()
     assert any((first[key] != second[key]).any() for key in first)
@@ -381,7 +390,7 @@ def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> N
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rm"])
 def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     # Two steps use 16 of the 19 training rows: an uneven last batch would be filled up differently.
     same = [
@@ -403,7 +412,7 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     distributed(stage, arguments(stage, base, two, *same, "--per_device_train_batch_size", "2"), two)
     start = load_file(Path(base) / "model.safetensors")
     first, second = (load_file(folder / stage / "model.safetensors") for folder in (one, two))
-    moved = max((first[key] - start[key]).abs().max().item() for key in first)
+    moved = max((first[key] - start[key]).abs().max().item() for key in first.keys() & start.keys())
     apart = max((first[key] - second[key]).abs().max().item() for key in first)
     assert apart < 0.001 * moved
     losses = [json.loads((f / stage / "run.json").read_text())["evaluation"]["eval_loss"] for f in (one, two)]
