@@ -29,6 +29,7 @@ from tqdm import tqdm
 from suwen import readers
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
 from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, available_cores, build_batches, encode_all
+from suwen.questions import prompt_rows
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
 from suwen.tables import width
@@ -229,7 +230,12 @@ def _read_files(
                     keys_seen.update(value)
                     mapped += bool(mapping) and all(column in value for column in mapping.values())
                 try:
-                    for row in canonical_rows(value, schema, mapping, report.changes):
+                    found = (
+                        prompt_rows(value, mapping, report.changes)
+                        if schema == "prompt"
+                        else canonical_rows(value, schema, mapping, report.changes)
+                    )
+                    for row in found:
                         rows += 1
                         yield {**row, "where": where}
                     continue

@@ -1,0 +1,174 @@
+"""What an answer is worth: rules that anyone can check, and trained reward models, added up with weights.
+
+exam        1 if the chosen letters are those of the answer key, else 0
+format      1 if the answer ended by itself, says something, and where options are asked for declares its choice as asked
+            ("答案：C"), else 0
+length      0 up to four fifths of --max_new_tokens, falling to -1 at the limit (soft overlong punishment, DAPO,
+            Yu et al. 2025, arXiv:2503.14476, eq. 13, with its share of one fifth)
+repetition  minus the share of 4-grams of tokens that occurred before in the answer
+language    share of Chinese characters among all letters
+model:DIR   score of a reward model, which reads the conversation in its own template
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from suwen.benchmarks.choice import judge_choice
+from suwen.benchmarks.task import Item
+from suwen.lineage import find_finished_stage
+
+if TYPE_CHECKING:
+    from suwen.arguments import PolicyArguments
+    from suwen.generation import Answer
+
+NGRAM = 4
+OVERLONG = 0.2  # of the limit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one prompt."""
+
+    messages: list[dict]
+    item: Item | None  # the answer key, where there is one
+    prompt_ids: list[int]
+    answer: Answer
+
+
+Reward = Callable[[Sequence[Sample]], list[float]]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward as it is logged, what it counts, and how it is measured."""
+
+    name: str
+    weight: float
+    measure: Reward
+
+
+def parse_rewards(text: str, flag: str = "--reward") -> list[tuple[str, float]]:
+    """ "exam=1.0,model:outputs/rm=0.5" as [("exam", 1.0), ("model:outputs/rm", 0.5)]; a weight left out is 1.
+
+    Raises:
+        ValueError: an unknown name, a weight that is no number, the same name twice, or nothing at all.
+    """
+    found: list[tuple[str, float]] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, weight = part.rpartition("=") if "=" in part else (part, "", "1")
+        if name not in RULES and not (name.startswith("model:") and name != "model:"):
+            raise ValueError(f"{flag}: found {name!r}, expected {', '.join(RULES)} or model:FOLDER")
+        try:
+            found.append((name, float(weight)))
+        except ValueError:
+            raise ValueError(f"{flag}: found {part!r}, expected a number behind the =") from None
+        if name in (other for other, _ in found[:-1]):
+            raise ValueError(f"{flag}: found {name} twice")
+    if not found:
+        raise ValueError(f"{flag}: found nothing, expected names with weights such as exam=1.0,format=0.2")
+    return found
+
+
+def load_rewards(text: str, settings: PolicyArguments, device: Any, flag: str = "--reward") -> list[Weighted]:
+    """The rewards of a specification; reward models are loaded."""
+    found = []
+    for name, weight in parse_rewards(text, flag):
+        if name.startswith("model:"):
+            from suwen.reward import load_reward_model
+
+            model = load_reward_model(name.removeprefix("model:"), settings.reward_quantization, str(device))
+            found.append(Weighted(name, weight, partial(model_reward, model)))
+        else:
+            found.append(Weighted(name, weight, partial(RULES[name], max_new_tokens=settings.max_new_tokens)))
+    return found
+
+
+def find_rewards(given: str | None, outputs: str) -> str:
+    """The specification given, else the finished reward model in `outputs`."""
+    if given is None:
+        folder = find_finished_stage(outputs, ("rm",))
+        if folder is None:
+            raise ValueError(
+                f"--reward: found no finished reward model in {outputs}, expected run_rm.sh before, or rules such as"
+                " exam=1.0,format=0.2"
+            )
+        given = f"model:{folder}=1.0"
+    parse_rewards(given)
+    return given
+
+
+def prompt_room(max_length: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have so that an answer fits behind it."""
+    room = max_length - max_new_tokens
+    if room < 8:
+        raise ValueError(
+            f"--max_new_tokens: found {max_new_tokens}, which leaves {room} of --max_length {max_length} for the prompt"
+        )
+    return room
+
+
+def exam_reward(samples: Sequence[Sample], **_: int) -> list[float]:
+    return [float(judge_choice(key_of(sample), sample.answer.content)["correct"]) for sample in samples]
+
+
+def key_of(sample: Sample) -> Item:
+    if sample.item is None:
+        raise ValueError(
+            "--reward exam: found a prompt without an answer key, expected exam questions alone in --train_file_dir:"
+            f" {sample.messages[-1]['content'][:60]!r}"
+        )
+    return sample.item
+
+
+def format_reward(samples: Sequence[Sample], **_: int) -> list[float]:
+    def kept(sample: Sample) -> bool:
+        if sample.answer.finish_reason != "stop" or not sample.answer.content.strip():
+            return False
+        return sample.item is None or judge_choice(sample.item, sample.answer.content)["reason"] == "declared"
+
+    return [float(kept(sample)) for sample in samples]
+
+
+def length_reward(samples: Sequence[Sample], max_new_tokens: int) -> list[float]:
+    room = OVERLONG * max_new_tokens
+    return [min(0.0, (max_new_tokens - room - len(sample.answer.token_ids)) / room) for sample in samples]
+
+
+def repetition_reward(samples: Sequence[Sample], **_: int) -> list[float]:
+    return [-repeated_share(sample.answer.token_ids) for sample in samples]
+
+
+def repeated_share(token_ids: Sequence[int], n: int = NGRAM) -> float:
+    """Share of the n-grams of an answer that occurred before in it; 0 for answers of fewer than n tokens."""
+    grams = [tuple(token_ids[at : at + n]) for at in range(len(token_ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def language_reward(samples: Sequence[Sample], **_: int) -> list[float]:
+    def share(text: str) -> float:
+        letters = [character for character in text if unicodedata.category(character)[0] == "L"]
+        return sum("\u3400" <= letter <= "\u9fff" for letter in letters) / len(letters) if letters else 0.0
+
+    return [share(sample.answer.reasoning + sample.answer.content) for sample in samples]
+
+
+def model_reward(model, samples: Sequence[Sample]) -> list[float]:
+    """Scores of a reward model. It gets text, so its tokenizer and its template may be others than the policy's."""
+    conversations = [
+        [*sample.messages, {"role": "assistant", "content": sample.answer.content}] for sample in samples
+    ]
+    return model.score(conversations)
+
+
+RULES: dict[str, Callable[..., list[float]]] = {
+    "exam": exam_reward,
+    "format": format_reward,
+    "length": length_reward,
+    "repetition": repetition_reward,
+    "language": language_reward,
+}

@@ -1,0 +1,106 @@
+"""Answers that a policy gives to its prompts: drawn by the model itself, or by a server that is handed its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suwen.client import Endpoint, EndpointError, complete_chats, open_client
+from suwen.encoding import IGNORE_INDEX, ChatEncoder
+from suwen.generation import Answer, decode_answer, generate_many
+from suwen.generation_settings import GenerationSettings
+
+
+def draw_answers(
+    model: Any,
+    encoder: ChatEncoder,
+    prompts: Sequence[list[int]],
+    settings: GenerationSettings,
+    seeds: Sequence[int],
+    batch_size: int,
+) -> list[Answer]:
+    """One answer to each prompt. It hangs on the prompt and its seed alone, not on what is drawn beside it."""
+    keyed = dict(enumerate(prompts))
+    found: list[Answer | None] = [None] * len(prompts)
+    for place, answer in generate_many(model, encoder, keyed, settings, batch_size, seeds=seeds):
+        found[place] = answer
+    return [answer for answer in found if answer is not None]
+
+
+@dataclass
+class RolloutServer:
+    """An OpenAI-compatible server that takes LoRA adapters while it runs, as vLLM does.
+
+    vLLM: `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank R`, on a machine that sees
+    the output folder under the same path. Answers come as text and are encoded again.
+    """
+
+    url: str
+    folder: Path  # adapters are put below it
+    loaded: str = ""
+
+    def hand_over(self, trainer: Any, step: int) -> None:
+        """Give the server the policy as it is now; every rank takes part."""
+        name = f"suwen-{step}"
+        trainer.save_model(str(self.folder / name))
+        if trainer.accelerator.is_main_process:
+            with open_client(Endpoint(self.url, name)) as client:
+                base = Endpoint(self.url, name).url.removesuffix("/chat/completions")
+                path = str((self.folder / name).resolve())
+                load = {"lora_name": name, "lora_path": path}
+                for address, body in (
+                    ("load_lora_adapter", load),
+                    ("unload_lora_adapter", {"lora_name": self.loaded}),
+                ):
+                    if not body["lora_name"]:
+                        continue
+                    try:
+                        response = client.post(f"{base}/{address}", json=body)
+                    except OSError as error:
+                        raise EndpointError(f"--rollout_server {self.url}: {error}") from None
+                    if response.status_code != 200:
+                        raise EndpointError(
+                            f"--rollout_server {base}/{address}: HTTP {response.status_code}, expected a server that "
+                            "takes adapters while it runs (vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
+                        )
+            if self.loaded:
+                shutil.rmtree(self.folder / self.loaded, ignore_errors=True)
+        self.loaded = name
+        trainer.accelerator.wait_for_everyone()
+
+    def draw_answers(
+        self,
+        encoder: ChatEncoder,
+        conversations: Sequence[list[dict]],
+        prompts: Sequence[list[int]],
+        settings: GenerationSettings,
+        seeds: Sequence[int],
+    ) -> list[Answer]:
+        endpoint = Endpoint(self.url, self.loaded)
+        found: list[Answer | None] = [None] * len(prompts)
+        sampling = {
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+        }
+        per_request = [{"seed": seed % 2**31} for seed in seeds]
+        for place, reply in complete_chats(endpoint, conversations, per_request, **sampling):
+            text = f"<think>\n{reply.reasoning}\n</think>\n\n{reply.content}" if reply.reasoning else reply.content
+            ids = encode_reply(encoder, conversations[place], text, reply.finish_reason == "length")
+            found[place] = decode_answer(encoder, prompts[place], ids)
+        return [answer for answer in found if answer is not None]
+
+
+def encode_reply(encoder: ChatEncoder, messages: list[dict], text: str, cut: bool) -> list[int]:
+    """Ids of an answer that came as text: with its stop token, unless it was cut off."""
+    if not text:
+        return [] if cut else encoder.stop_token_ids[:1]
+    rows, _ = encoder.encode_conversation([*messages, {"role": "assistant", "content": text}], None)
+    labels = rows[-1]["labels"]
+    start = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
+    ids = labels[start:]
+    return [i for i in ids if i not in encoder.stop_token_ids] if cut else ids
+
