@@ -17,6 +17,7 @@ from suwen.lineage import (
     is_adapter_dir,
     read_json,
     recorded_lineage,
+    refuse_reward_model,
     resolve_lineage,
     weights_fingerprint,
 )
@@ -98,6 +99,7 @@ def check_adapter(adapter: str) -> None:
     config = read_json(folder / "adapter_config.json")
     if not config.get("peft_type"):
         raise ValueError(f"{folder / 'adapter_config.json'}: found no peft_type, expected the settings of an adapter")
+    refuse_reward_model(folder)
     shapes = adapter_shapes(adapter)
     if not shapes:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: found no tensors, expected the weights of an adapter")

@@ -378,18 +378,28 @@ class ChatEncoder:
     def encode_pair(
         self, prompt_messages: list[dict], chosen: list[dict] | str, rejected: list[dict] | str, max_length: int | None
     ) -> dict | None:
-        """Two answers to one prompt: {"prompt_ids", "chosen_ids", "rejected_ids"}, each answer with its stop token.
-
-        The prompt is the one served; it asks for thinking if one of the answers has some. The oldest exchanges are
-        left out of a pair longer than max_length (prompt and longer answer); None if it does not fit without them.
-        """
+        """Two answers to one prompt: {"prompt_ids", "chosen_ids", "rejected_ids"}; see `encode_answers`."""
         answers = [as_answer(chosen, "chosen"), as_answer(rejected, "rejected")]
+        found = self.encode_answers(prompt_messages, answers, max_length)
+        if found is None:
+            return None
+        prompt_ids, (chosen_ids, rejected_ids) = found
+        return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+
+    def encode_answers(
+        self, prompt_messages: list[dict], answers: list[dict], max_length: int | None
+    ) -> tuple[list[int], list[list[int]]] | None:
+        """The ids of a prompt as served, and of several answers to it, each with its stop token.
+
+        The prompt asks for thinking if one of the answers has some. The oldest exchanges are left out where prompt and
+        longest answer are longer than max_length; None if they do not fit without them.
+        """
         prepared, sentinel = self._protect(self._prepare([*prompt_messages, *answers]))
-        messages, answers = prepared[:-2], prepared[-2:]
+        messages, answers = prepared[: -len(answers)], prepared[-len(answers) :]
         reasonings = [answer.get(self._reasoning_key or "reasoning_content") for answer in answers]
         thinking = any(reasonings) if self.thinking is None else self.thinking
 
-        def encode(start: int) -> dict:
+        def encode(start: int) -> tuple[list[int], list[list[int]]]:
             history = window(messages, start)
             prompt = self._render(history, True, thinking)
             texts = [
@@ -397,19 +407,18 @@ class ChatEncoder:
                 for answer, reasoning in zip(answers, reasonings, strict=True)
             ]
             prompt_ids, *wholes = self._tokenize([prompt, *(prompt + text for text in texts)], sentinel)
-            chosen_ids, rejected_ids = (
+            return prompt_ids, [
                 self._ids_behind(prompt_ids, whole, text, sentinel) for whole, text in zip(wholes, texts, strict=True)
-            )
-            return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+            ]
 
-        def fits(pair: dict) -> bool:
-            longest = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-            return max_length is None or len(pair["prompt_ids"]) + longest <= max_length
+        def fits(encoded: tuple[list[int], list[list[int]]]) -> bool:
+            prompt_ids, answer_ids = encoded
+            return max_length is None or len(prompt_ids) + max(map(len, answer_ids)) <= max_length
 
         starts = exchange_starts(messages)
-        pair = encode(starts[0])
-        if fits(pair):
-            return pair
+        encoded = encode(starts[0])
+        if fits(encoded):
+            return encoded
         fitting = first_fitting(starts[1:], encode, fits)
         return fitting[1] if fitting else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,51 @@ def add_scoring_head(model: Any) -> None:
         hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[score_at]
         logps, correct = score(model, hidden, score_labels)
         return Scored(logps=logps, correct=correct)
+
+    model.forward = forward
+
+
+def init_reward_head(head: torch.nn.Linear) -> None:
+    """Weights from N(0, 1 / (H + 1)), always the same ones, so that first scores are about as large as 1.
+
+    Stiennon et al. 2020 (arXiv:2009.01325), app. B.1.
+    """
+    weight = head.weight
+    if weight.is_meta:  # FSDP: the first rank's weights are sent to the others
+        return
+    context: Any = nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
+    with context, torch.no_grad():
+        if weight.numel():
+            values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight.copy_(values * (weight.shape[1] + 1) ** -0.5)
+
+
+@dataclass
+class Rewarded(ModelOutput):
+    """What a reward model returns when it is called with `score_at`: `scores` (N,) float32."""
+
+    scores: torch.Tensor | None = None
+
+
+def add_reward_forward(model: Any) -> None:
+    """Teach a model with a head of one number to score positions: `model(..., score_at=(N,))` returns `Rewarded`.
+
+    As `add_scoring_head`; the head is computed in its own precision, outside of autocast, at the N positions alone.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # the library reads the signature
+    def forward(*args: Any, score_at: Any = None, score_labels: Any = None, **kwargs: Any) -> Any:
+        if score_at is None:
+            return original(*args, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[score_at]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return Rewarded(scores=model.score(hidden.to(next(model.score.parameters()).dtype))[:, 0].float())
 
     model.forward = forward
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from suwen.conversion.convert import conversion_command
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-STAGES = ("pt", "sft", "rm", "dpo", "orpo", "ppo")
+STAGES = ("pt", "sft", "dpo", "orpo", "ppo")  # whose results answer; a reward model (rm) only scores
 # What each stage goes on from, the nearest first.
 STAGES_BEFORE = {
     "pt": (),
@@ -46,6 +46,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_adapter_dir(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
+
+
+def is_reward_model(path: str | Path) -> bool:
+    """Whether a folder holds a model that gives a text one score instead of going on with it."""
+    if is_adapter_dir(path):
+        return read_json(Path(path) / "adapter_config.json").get("task_type") == "SEQ_CLS"
+    return has_reward_head(read_json(Path(path) / "config.json"))
+
+
+def has_reward_head(config: Any) -> bool:
+    """The same of a config object, or of the content of its file."""
+    names = config.get("architectures") if isinstance(config, dict) else config.architectures
+    return any(str(name).endswith("ForSequenceClassification") for name in names or [])
+
+
+def refuse_reward_model(path: str | Path) -> None:
+    if is_reward_model(path):
+        raise ValueError(f"model {str(path)!r}: is a reward model, which scores answers; expected one that writes them")
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ ALIASES = dict.fromkeys(("W_pack", "query_key_value", "wqkv", "c_attn"), ATTENTI
 
 def linear_names(model: Any) -> list[str]:
     """Last parts of the names of all linear layers outside the head, quantised ones too, sorted."""
-    head = model.get_output_embeddings()
+    head = getattr(model, "score", None) or model.get_output_embeddings()
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     return sorted({name.rsplit(".", 1)[-1] for name, module in modules if module is not head})
 

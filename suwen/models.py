@@ -5,24 +5,34 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from suwen import architectures
 from suwen.encoding import apply_template
-from suwen.head import add_scoring_head
+from suwen.head import add_reward_forward, add_scoring_head, init_reward_head
 from suwen.lineage import (
     adapter_base,
     adapter_shapes,
     first_line,
+    has_reward_head,
     is_adapter_dir,
+    is_reward_model,
     read_json,
+    refuse_reward_model,
     require_model,
     resolve_lineage,
 )
@@ -116,13 +126,19 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
         config.max_position_embeddings = length
 
 
-def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings: LLM.int8 (arXiv:2208.07339), or NF4 with double quantisation (QLoRA, arXiv:2305.14314)."""
+def quantization_config(
+    quantization: str, compute_dtype: torch.dtype, skip: list[str] | None = None
+) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings: LLM.int8 (arXiv:2208.07339), or NF4 with double quantisation (QLoRA, arXiv:2305.14314).
+
+    `skip`: modules that stay as they are; None for the head of a language model.
+    """
     if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     if quantization == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=skip,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
@@ -138,19 +154,31 @@ def load_base(
     device: str | None = None,
     attn_implementation: str | None = None,
     config: Any = None,
+    reward: bool = False,
 ) -> Any:
-    """A full model from a folder or the hub, without its adapters."""
+    """A full model from a folder or the hub, without its adapters; `reward`: with a head of one score, `score`."""
     require_model(path)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attn_implementation}
+    if reward:
+        config = config or AutoConfig.from_pretrained(path)
+        trained_head = has_reward_head(config)
+        config.num_labels = 1
+    else:
+        refuse_reward_model(path)
     if config is not None:
         options["config"] = config
     if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization, compute_dtype)
+        skip = ["score"] if reward else None
+        options["quantization_config"] = quantization_config(quantization, compute_dtype, skip)
         options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = (AutoModelForSequenceClassification if reward else AutoModelForCausalLM).from_pretrained(
+            path, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model {path!r}: {first_line(error)}") from None
+    if reward and not trained_head:
+        init_reward_head(model.score)
     return model.to(device) if device and quantization == "none" else model
 
 
@@ -162,6 +190,7 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     config: Any = None,
     trainable: bool = False,
+    reward: bool = False,
 ) -> Any:
     """A model ready for use from a full model, a hub name or a LoRA folder.
 
@@ -175,7 +204,10 @@ def load_causal_lm(
         quantization: none, 8bit or 4bit.
         device: cpu, cuda, cuda:N, or None to leave it where it was loaded.
         trainable: a quantised LoRA folder's adapter can be trained further.
+        reward: with a head of one score in the place of the vocabulary, a new one where the folder has none.
     """
+    if not reward:
+        refuse_reward_model(path)
     base, *adapters = resolve_lineage(path)
     config = config or config_of_lineage(base, adapters)
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -183,7 +215,7 @@ def load_causal_lm(
         compute = torch.float32 if dtype == "auto" else torch_dtype
         if dtype == "auto" and quantization != "none" and torch.cuda.is_available():
             compute = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return load_base(base, torch_dtype, quantization, compute, device, attn_implementation, config)
+        return load_base(base, torch_dtype, quantization, compute, device, attn_implementation, config, reward)
     if quantization != "none":
         if len(adapters) > 1:
             raise ValueError(
@@ -191,14 +223,14 @@ def load_causal_lm(
                 "first with merge_peft_adapter.py"
             )
         compute = torch.float32 if dtype == "auto" else torch_dtype
-        model = load_base(base, torch_dtype, quantization, compute, device, attn_implementation, config)
+        model = load_base(base, torch_dtype, quantization, compute, device, attn_implementation, config, reward)
         return load_adapter(model, adapters[0], trainable)
     if is_deepspeed_zero3_enabled() or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
         raise ValueError(
             f"model {path!r}: a LoRA folder cannot be merged while its base is spread over the processes (ZeRO-3, "
             "FSDP); merge it first with merge_peft_adapter.py"
         )
-    model = load_merged(base, adapters, dtype, device, attn_implementation, config)
+    model = load_merged(base, adapters, dtype, device, attn_implementation, config, reward)
     # The folder that this model stands for: an adapter trained on it names it as its base.
     model.config._name_or_path = path
     model.name_or_path = path
@@ -212,11 +244,12 @@ def load_merged(
     device: str | None,
     attn_implementation: str | None = None,
     config: Any = None,
+    reward: bool = False,
 ) -> Any:
     """Merge adapters in order, in float32 and in main memory; the device receives the result in its own precision."""
     config = config or config_of_lineage(base, adapters)
     own = getattr(config.get_text_config(), "dtype", None) or torch.float32
-    model = load_base(base, torch.float32, attn_implementation=attn_implementation, config=config)
+    model = load_base(base, torch.float32, attn_implementation=attn_implementation, config=config, reward=reward)
     for adapter in adapters:
         untie_if_needed(model, adapter)
         model = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
@@ -256,7 +289,13 @@ def load_adapter(model: Any, adapter: str, trainable: bool = False) -> Any:
     if rows and rows[0] > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows[0])
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        config = PeftConfig.from_pretrained(adapter)
+        if hasattr(model, "score") and not is_reward_model(adapter):
+            # Of a language model: its adapter fits the backbone, and where it goes on training the new head does too
+            config.task_type = "SEQ_CLS" if trainable else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # that head
+            return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, KeyError) as error:
         base = getattr(model, "name_or_path", "the base")
         reason = " ".join(str(error).split())[:300]
@@ -294,8 +333,13 @@ def compute_precision(library: dict[str, Any]) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def load_for_training(path: str, model_args: Any, lora: Any, precision: str, max_length: int) -> Any:
-    """Weights for a stage: float32 for what is trained, the compute precision for what LoRA freezes."""
+def load_for_training(
+    path: str, model_args: Any, lora: Any, precision: str, max_length: int, reward: bool = False
+) -> Any:
+    """Weights for a stage: float32 for what is trained, the compute precision for what LoRA freezes.
+
+    `reward`: with a head of one score in the place of the vocabulary.
+    """
     config = None
     if model_args.rope_scaling:
         config = load_config(path)
@@ -308,9 +352,9 @@ def load_for_training(path: str, model_args: Any, lora: Any, precision: str, max
     if model_args.quantization != "none":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = load_causal_lm(
-        path, dtype, model_args.quantization, device, model_args.attn_implementation, config, trainable=True
+        path, dtype, model_args.quantization, device, model_args.attn_implementation, config, True, reward
     )
-    add_scoring_head(without_adapter(model))
+    (add_reward_forward if reward else add_scoring_head)(without_adapter(model))
     return model
 
 
@@ -341,7 +385,7 @@ def lora_config(lora: Any, model: Any, start: str) -> LoraConfig | None:
             f"{', '.join(linear_names(model))}, embed_tokens, lm_head and the like"
         )
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",  # SEQ_CLS trains the head too, and saves it
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
