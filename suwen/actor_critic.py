@@ -28,17 +28,17 @@ class ActorCritic(torch.nn.Module):
     stays as it is, generates, and is saved alone.
     """
 
-    def __init__(self, model: Any, critic: bool, value_weights: dict[str, torch.Tensor] | None = None) -> None:
-        """`value_weights`: `weight` (1, H) and `bias` (1,) of a reward model's head; else the critic begins with 0."""
+    def __init__(self, model: Any, critic: bool, critic_head: torch.Tensor | None = None) -> None:
+        """`critic_head`: (H,) of a reward model; else the critic begins with 0."""
         super().__init__()
         self.model = model
         self.value_head: torch.nn.Linear | None = None
         if critic:
             self.value_head = torch.nn.Linear(without_adapter(model).config.get_text_config().hidden_size, 1)
-            with torch.no_grad():
-                for name, parameter in self.value_head.named_parameters():
-                    given = (value_weights or {}).get(name)
-                    parameter.copy_(given) if given is not None else parameter.zero_()
+            torch.nn.init.zeros_(self.value_head.weight)
+            torch.nn.init.zeros_(self.value_head.bias)
+            if critic_head is not None:
+                self.value_head.weight.data[0] = critic_head
 
     def forward(
         self,

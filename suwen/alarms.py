@@ -117,8 +117,8 @@ def overoptimisation(evaluations: Sequence[Entry], limits: Limits) -> str | None
     after = found[best + 1 :]
     if len(after) >= limits.patience and all(entry["eval_score"] > found[best]["eval_score"] for entry in after):
         return (
-            f"the held-out reward fell from {found[best]['eval_held_out_reward']:.3f} (update {found[best]['step']}) to "
-            f"{after[-1]['eval_held_out_reward']:.3f} while the trained one rose: the reward is being exploited; raise "
+            f"the held-out reward fell from {found[best]['eval_held_out_reward']:.3f} (update {found[best]['step']})"
+            f" to {after[-1]['eval_held_out_reward']:.3f} while the trained one rose: it is being exploited; raise "
             "--kl_coef, or train a better reward model"
         )
     return None

@@ -1,15 +1,16 @@
 """Reinforcement learning from scores: PPO, and its relatives without a critic, RLOO and GRPO.
 
-An update draws answers to prompts, scores them, and takes optimiser steps on them. What is drawn, shuffled and cut hangs
-on the seed and the number of the update alone, never on a random state: a run that goes on from a checkpoint repeats
-exactly what it would have done, and several processes do what one does. After each share of the work all ranks hold the
-whole rollout (a few numbers a token), so that baselines and whitening are global by themselves.
+An update draws answers to prompts, scores them, and takes optimiser steps on them. What is drawn and shuffled hangs on
+the seed and the number of the update alone, never on a random state: a run that goes on from a checkpoint repeats
+exactly what it would have done, and several processes do what one does. After each share of the work all ranks hold
+the whole rollout (a few numbers a token), so that baselines and whitening are global by themselves.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -23,8 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import get_peft_model
-from tqdm import tqdm
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, get_scheduler, set_seed
 
 from suwen import policy_gradient as pg
 from suwen.actor_critic import ActorCritic, Reference
@@ -36,7 +36,7 @@ from suwen.models import without_adapter, without_dropout
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
 from suwen.questions import ask
-from suwen.rewards import Sample, Weighted, repeated_share
+from suwen.rewards import Sample, Weighted, critic_head, repeated_share
 from suwen.rollouts import RolloutServer, draw_answers
 
 SAMPLES_LOGGED = 8  # answers of an update that are written down
@@ -69,7 +69,6 @@ class PolicyTrainer:
         encoder: Any,
         rewards: Sequence[Weighted],
         held_out_rewards: Sequence[Weighted] = (),
-        value_weights: dict[str, torch.Tensor] | None = None,
         peft_config: Any = None,
         max_length: int = 1024,
         packing: bool = True,
@@ -81,8 +80,8 @@ class PolicyTrainer:
             settings: see `PolicyArguments`.
             args: transformers' TrainingArguments.
             train_dataset, eval_dataset: rows of `PromptRows`; None for no evaluation.
-            rewards: what is trained on; `held_out_rewards` is only measured, at evaluations.
-            value_weights: head of a reward model, for the critic to begin with.
+            rewards: what is trained on; the critic begins with the head of a reward model among them.
+            held_out_rewards: only measured, at evaluations.
             peft_config: a new adapter to be trained; None to train what requires gradients.
             max_length: tokens in a pack, at most; a longer row is a pack of its own.
         """
@@ -92,12 +91,19 @@ class PolicyTrainer:
         self.rewards, self.held_out_rewards = list(rewards), list(held_out_rewards)
         self.capacity = max_length if packing and not padding else 0
         self.padding = padding
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"--num_generations: found {self.group_size}, expected a divisor of the {self.batch_size} answers of"
+                " an update (--per_device_train_batch_size x --gradient_accumulation_steps x --num_mini_batches x processes)"
+            )
+        set_seed(args.seed)  # a new adapter begins with random numbers
         model = get_peft_model(model, peft_config) if peft_config is not None else model
         without_dropout(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model
-        self.policy = ActorCritic(model, settings.algorithm == "ppo", value_weights)
+        head = critic_head(self.rewards, without_adapter(model).config.get_text_config().hidden_size)
+        self.policy = ActorCritic(model, settings.algorithm == "ppo", head)
         self.is_fsdp_enabled = False
         self._prepare(pure_bf16)
         self.reference = Reference(model, new_adapter=peft_config is not None)
@@ -118,7 +124,7 @@ class PolicyTrainer:
             deepspeed_plugin=args.deepspeed_plugin,
             cpu=args.use_cpu,
             log_with=[name for name in args.report_to if name != "none"] or None,
-            project_dir=args.output_dir,
+            project_dir=os.environ.get("TENSORBOARD_LOGGING_DIR", args.output_dir),
         )
         self.is_deepspeed_enabled = args.deepspeed_plugin is not None
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

@@ -167,7 +167,7 @@ def best_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def settle_on_best(trainer: PolicyTrainer, output: Path, reason: str, best: dict[str, Any] | None) -> str:
-    """Put the weights of the best evaluation in place of those that an alarm is about; the reason with what was done."""
+    """Put the best evaluation's weights in place of those that an alarm is about; the reason, with what was done."""
     trainer.accelerator.wait_for_everyone()
     saved = [path for path in list_checkpoints(output) if not best or checkpoint_step(path) == best["step"]]
     if not saved:
@@ -208,7 +208,9 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path) -> None:
         unfinished.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_deepspeed_enabled:
-        trainer.engine.save_checkpoint(str(unfinished), tag=f"global_step{trainer.step}", exclude_frozen_parameters=True)
+        trainer.engine.save_checkpoint(
+            str(unfinished), tag=f"global_step{trainer.step}", exclude_frozen_parameters=True
+        )
     elif main_process():
         save_file(trained_weights(trainer), unfinished / TRAINED)
         tensors, numbers = {}, {}
@@ -253,7 +255,9 @@ def load_checkpoint(trainer: PolicyTrainer, checkpoint: Path) -> None:
     """Go on from `checkpoint`; every rank takes part."""
     state = read_json(checkpoint / STATE)
     if trainer.is_deepspeed_enabled:
-        trainer.engine.load_checkpoint(str(checkpoint), tag=f"global_step{state['global_step']}", load_module_strict=False)
+        trainer.engine.load_checkpoint(
+            str(checkpoint), tag=f"global_step{state['global_step']}", load_module_strict=False
+        )
     else:
         weights = load_file(checkpoint / TRAINED)
         with torch.no_grad():

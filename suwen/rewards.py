@@ -1,8 +1,7 @@
 """What an answer is worth: rules that anyone can check, and trained reward models, added up with weights.
 
 exam        1 if the chosen letters are those of the answer key, else 0
-format      1 if the answer ended by itself, says something, and where options are asked for declares its choice as asked
-            ("答案：C"), else 0
+format      1 if the answer ended by itself, says something, and to an exam question declares its choice ("答案：C")
 length      0 up to four fifths of --max_new_tokens, falling to -1 at the limit (soft overlong punishment, DAPO,
             Yu et al. 2025, arXiv:2503.14476, eq. 13, with its share of one fifth)
 repetition  minus the share of 4-grams of tokens that occurred before in the answer
@@ -50,6 +49,7 @@ class Weighted:
     name: str
     weight: float
     measure: Reward
+    head: Any = None  # (H,) of a reward model
 
 
 def parse_rewards(text: str, flag: str = "--reward") -> list[tuple[str, float]]:
@@ -82,7 +82,7 @@ def load_rewards(text: str, settings: PolicyArguments, device: Any, flag: str = 
             from suwen.reward import load_reward_model
 
             model = load_reward_model(name.removeprefix("model:"), settings.reward_quantization, str(device))
-            found.append(Weighted(name, weight, partial(model_reward, model)))
+            found.append(Weighted(name, weight, partial(model_reward, model), model.head))
         else:
             found.append(Weighted(name, weight, partial(RULES[name], max_new_tokens=settings.max_new_tokens)))
     return found
@@ -159,10 +159,18 @@ def language_reward(samples: Sequence[Sample], **_: int) -> list[float]:
 
 def model_reward(model, samples: Sequence[Sample]) -> list[float]:
     """Scores of a reward model. It gets text, so its tokenizer and its template may be others than the policy's."""
-    conversations = [
-        [*sample.messages, {"role": "assistant", "content": sample.answer.content}] for sample in samples
-    ]
-    return model.score(conversations)
+    return model.score([[*sample.messages, message_of(sample.answer)] for sample in samples])
+
+
+def message_of(answer: Answer) -> dict[str, str]:
+    message = {"role": "assistant", "content": answer.content}
+    return {**message, "reasoning_content": answer.reasoning} if answer.reasoning else message
+
+
+def critic_head(rewards: Sequence[Weighted], hidden_size: int) -> Any:
+    """(H,) of the first reward model whose backbone is as wide as the policy's, in units of the score; else None."""
+    heads = (reward.weight * reward.head for reward in rewards if reward.head is not None)
+    return next((head for head in heads if len(head) == hidden_size), None)
 
 
 RULES: dict[str, Callable[..., list[float]]] = {

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from suwen.client import Endpoint, EndpointError, complete_chats, open_client
-from suwen.encoding import IGNORE_INDEX, ChatEncoder
+from suwen.encoding import ChatEncoder
 from suwen.generation import Answer, decode_answer, generate_many
 from suwen.generation_settings import GenerationSettings
 
@@ -34,8 +36,8 @@ def draw_answers(
 class RolloutServer:
     """An OpenAI-compatible server that takes LoRA adapters while it runs, as vLLM does.
 
-    vLLM: `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank R`, on a machine that sees
-    the output folder under the same path. Answers come as text and are encoded again.
+    vLLM: `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank R`, where the output
+    folder is seen under the same path. Answers come as text and are encoded again.
     """
 
     url: str
@@ -59,7 +61,7 @@ class RolloutServer:
                         continue
                     try:
                         response = client.post(f"{base}/{address}", json=body)
-                    except OSError as error:
+                    except httpx.HTTPError as error:
                         raise EndpointError(f"--rollout_server {self.url}: {error}") from None
                     if response.status_code != 200:
                         raise EndpointError(
@@ -88,19 +90,17 @@ class RolloutServer:
         }
         per_request = [{"seed": seed % 2**31} for seed in seeds]
         for place, reply in complete_chats(endpoint, conversations, per_request, **sampling):
-            text = f"<think>\n{reply.reasoning}\n</think>\n\n{reply.content}" if reply.reasoning else reply.content
-            ids = encode_reply(encoder, conversations[place], text, reply.finish_reason == "length")
+            message = {"role": "assistant", "content": reply.content}
+            if reply.reasoning:
+                message["reasoning_content"] = reply.reasoning
+            ids = encode_reply(encoder, conversations[place], message, reply.finish_reason == "length")
             found[place] = decode_answer(encoder, prompts[place], ids)
         return [answer for answer in found if answer is not None]
 
 
-def encode_reply(encoder: ChatEncoder, messages: list[dict], text: str, cut: bool) -> list[int]:
+def encode_reply(encoder: ChatEncoder, messages: list[dict], message: dict, cut: bool) -> list[int]:
     """Ids of an answer that came as text: with its stop token, unless it was cut off."""
-    if not text:
-        return [] if cut else encoder.stop_token_ids[:1]
-    rows, _ = encoder.encode_conversation([*messages, {"role": "assistant", "content": text}], None)
-    labels = rows[-1]["labels"]
-    start = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
-    ids = labels[start:]
+    encoded = encoder.encode_answers(messages, [message], None)
+    assert encoded is not None  # there is no limit to be longer than
+    [ids] = encoded[1]
     return [i for i in ids if i not in encoder.stop_token_ids] if cut else ids
-
