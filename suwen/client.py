@@ -134,7 +134,7 @@ def read_reply(endpoint: Endpoint, response: httpx.Response) -> Reply:
 def complete_chats(
     endpoint: Endpoint,
     conversations: Iterable[Sequence[dict]],
-    own: Sequence[dict[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
     **sampling: Any,
 ) -> Iterator[tuple[int, Reply]]:
     """Ask many at once; yields (place in `conversations`, reply) as replies come, the order is the server's.
@@ -143,7 +143,7 @@ def complete_chats(
     request, cancels those not yet sent.
 
     Args:
-        own: what each conversation is asked with besides `sampling`, such as its own seed.
+        seeds: one for each conversation.
     """
     pending: dict[Future[Reply], int] = {}
     source = enumerate(conversations)
@@ -152,7 +152,7 @@ def complete_chats(
             while True:
                 while len(pending) < 2 * endpoint.concurrency and (following := next(source, None)) is not None:
                     index, messages = following
-                    settings = {**sampling, **own[index]} if own is not None else sampling
+                    settings = sampling if seeds is None else {**sampling, "seed": seeds[index]}
                     pending[pool.submit(complete_chat, endpoint, client, messages, **settings)] = index
                 if not pending:
                     return

@@ -94,7 +94,7 @@ class PolicyTrainer:
         if self.batch_size % self.group_size:
             raise ValueError(
                 f"--num_generations: found {self.group_size}, expected a divisor of the {self.batch_size} answers of"
-                " an update (--per_device_train_batch_size x --gradient_accumulation_steps x --num_mini_batches x processes)"
+                " an update (--per_device_train_batch_size x --gradient_accumulation_steps x --num_mini_batches x ranks)"
             )
         set_seed(args.seed)  # a new adapter begins with random numbers
         model = get_peft_model(model, peft_config) if peft_config is not None else model

@@ -79,7 +79,8 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     trainer.accelerator.init_trackers(args.stage)
     seen, began = trainer.tokens_seen, trainer.step
     reason = train(trainer, output, limits)
-    trainer.accelerator.end_training()
+    for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
+        tracker.finish()
     updates = [entry for entry in trainer.history if "kl" in entry]
     seconds = sum(e["rollout_seconds"] + e["update_seconds"] for e in updates if e["step"] > began)
     record["training"] = {
@@ -213,11 +214,16 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path) -> None:
         )
     elif main_process():
         save_file(trained_weights(trainer), unfinished / TRAINED)
-        tensors, numbers = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, float] = {}
         for place, values in trainer.raw_optimizer.state_dict()["state"].items():
             for name, value in values.items():
-                (tensors if isinstance(value, torch.Tensor) else numbers)[f"{place}.{name}"] = value
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / OPTIMIZER)
+                key = f"{place}.{name}"
+                if isinstance(value, torch.Tensor):
+                    tensors[key] = value.contiguous()
+                else:
+                    numbers[key] = value
+        save_file(tensors, unfinished / OPTIMIZER)
         write_json(unfinished / "optimizer.json", numbers)
     trainer.accelerator.wait_for_everyone()
     if main_process():

@@ -88,8 +88,7 @@ class RolloutServer:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
         }
-        per_request = [{"seed": seed % 2**31} for seed in seeds]
-        for place, reply in complete_chats(endpoint, conversations, per_request, **sampling):
+        for place, reply in complete_chats(endpoint, conversations, [seed % 2**31 for seed in seeds], **sampling):
             message = {"role": "assistant", "content": reply.content}
             if reply.reasoning:
                 message["reasoning_content"] = reply.reasoning
