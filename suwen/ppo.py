@@ -93,8 +93,8 @@ class PolicyTrainer:
         self.padding = padding
         if self.batch_size % self.group_size:
             raise ValueError(
-                f"--num_generations: found {self.group_size}, expected a divisor of the {self.batch_size} answers of"
-                " an update (--per_device_train_batch_size x --gradient_accumulation_steps x --num_mini_batches x ranks)"
+                f"--num_generations: found {self.group_size}, expected a divisor of {self.batch_size}, the answers of"
+                " an update (per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x processes)"
             )
         set_seed(args.seed)  # a new adapter begins with random numbers
         model = get_peft_model(model, peft_config) if peft_config is not None else model
@@ -155,7 +155,7 @@ class PolicyTrainer:
         plugin = self.args.deepspeed_plugin
         from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-        if self.args.hf_deepspeed_config is None:
+        if getattr(self.args, "hf_deepspeed_config", None) is None:  # by the launcher, not by --deepspeed
             self.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
         config = self.args.hf_deepspeed_config
         config.trainer_config_process(self.args)

@@ -86,6 +86,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     record["training"] = {
         "steps": trainer.step,
         "loss": updates[-1]["loss"] if updates else 0.0,
+        "kl": updates[-1]["kl"] if updates else 0.0,
         "tokens": trainer.tokens_seen,
         "seconds": round(seconds, 2),
         "tokens_per_second": round((trainer.tokens_seen - seen) / max(seconds, 1e-9), 1),
