@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (default: 3)")
-    parser.add_argument("--updates", type=int, default=15, help="of 64 answers each (default: 15)")
+    parser.add_argument("--updates", type=int, default=12, help="of 64 answers each (default: 12)")
     parser.add_argument("--threads", type=int, default=1, help="cores (default: 1)")
     parser.add_argument("--output_dir", default="outputs/reinforcement")
     args = parser.parse_args(argv)

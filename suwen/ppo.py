@@ -15,44 +15,28 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from peft import get_peft_model
 from transformers import Trainer, get_scheduler, set_seed
 
 from suwen import policy_gradient as pg
 from suwen.actor_critic import ActorCritic, Reference
 from suwen.batches import pack_rows, pad_rows
-from suwen.encoding import IGNORE_INDEX
 from suwen.generation_settings import GenerationSettings
 from suwen.head import count_chunks
 from suwen.models import without_adapter, without_dropout
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
 from suwen.questions import ask
-from suwen.rewards import Sample, Weighted, critic_head, repeated_share
-from suwen.rollouts import RolloutServer, draw_answers
-
-SAMPLES_LOGGED = 8  # answers of an update that are written down
-
-
-@dataclass
-class Rollout:
-    """Answers of all ranks; those to one prompt stand one behind another. Matrices are (B, T), padded on the right."""
-
-    samples: list[Sample]
-    scores: dict[str, torch.Tensor]  # (B,) of each reward, unweighted
-    mask: torch.Tensor
-    logps: torch.Tensor
-    entropy: torch.Tensor
-    values: torch.Tensor
-    reference_logps: torch.Tensor
+from suwen.rewards import Sample, Weighted, critic_head
+from suwen.rollout_server import RolloutServer
+from suwen.rollouts import Rollout, describe_answers, describe_samples, draw_answers, put_rows, row_of
 
 
 class PolicyTrainer:
@@ -126,6 +110,8 @@ class PolicyTrainer:
             log_with=[name for name in args.report_to if name != "none"] or None,
             project_dir=os.environ.get("TENSORBOARD_LOGGING_DIR", args.output_dir),
         )
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("CONFIG=fsdp2: answers cannot be drawn from weights that FSDP spreads; use zero2 or zero3")
         self.is_deepspeed_enabled = args.deepspeed_plugin is not None
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         if not pure_bf16 and not self.is_deepspeed_enabled:
@@ -134,7 +120,7 @@ class PolicyTrainer:
                     parameter.data = parameter.data.float()
         device = self.accelerator.device
         if self.is_deepspeed_enabled:
-            self._settle_deepspeed()
+            settle_deepspeed(args, without_adapter(self.model))
         elif not getattr(without_adapter(self.model), "is_quantized", False):
             self.policy.to(device)
         elif self.policy.value_head is not None:
@@ -149,24 +135,6 @@ class PolicyTrainer:
         else:
             self.engine = self.accelerator.prepare_model(self.policy, device_placement=False)
             self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer, device_placement=False)
-
-    def _settle_deepspeed(self) -> None:
-        """Fill in what its configuration leaves open. Accumulation is ours: micro-batches are as many as packs."""
-        plugin = self.args.deepspeed_plugin
-        from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
-        if getattr(self.args, "hf_deepspeed_config", None) is None:  # by the launcher, not by --deepspeed
-            self.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
-        config = self.args.hf_deepspeed_config
-        config.trainer_config_process(self.args)
-        config.trainer_config_finalize(self.args, without_adapter(self.model), 1)
-        values = config.config
-        values |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-        values |= {"train_batch_size": self.args.world_size, "gradient_clipping": self.args.max_grad_norm}
-        if values["zero_optimization"]["stage"] == 3:
-            # All weights are partitioned alike, so that the reference's can be swapped in
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        plugin.hf_ds_config.config = plugin.deepspeed_config = values
 
     # Sizes
 
@@ -297,7 +265,7 @@ class PolicyTrainer:
             group = groups[min(number, len(groups) - 1)]
             rows = [row_of(samples[i]) for i in group]
             batch = pad_rows(rows, self.processing_class.pad_token_id) if self.padding else pack_rows(rows)
-            batch |= {"num_chunks": num_chunks, "temperature": self.settings.temperature or 1.0}
+            batch |= {"num_chunks": num_chunks, "temperature": self.settings.temperature}
             found.append((group if number < len(groups) else [], on_device(batch, self.accelerator.device)))
         return found
 
@@ -479,44 +447,19 @@ class PolicyTrainer:
 SUMS = ("loss", "policy_loss", "value_loss", "clip_fraction", "policy_moved", "tokens")
 
 
-def row_of(sample: Sample) -> dict[str, list[int]]:
-    """A sample as a row whose answer is scored."""
-    prompt, answer = sample.prompt_ids, sample.answer.token_ids
-    return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+def settle_deepspeed(args: Any, model: Any) -> None:
+    """Fill in what DeepSpeed's configuration leaves open. Accumulation is ours: micro-batches are as many as packs."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-
-def put_rows(matrix: torch.Tensor, group: list[int], mask: torch.Tensor, flat: torch.Tensor) -> None:
-    """Put values of the tokens of a group, one answer behind another, into their rows."""
-    if group:
-        rows = torch.zeros(len(group), mask.shape[1], device=matrix.device)
-        rows[mask[group].bool().to(matrix.device)] = flat.float()
-        matrix[group] = rows
-
-
-def describe_answers(samples: Sequence[Sample]) -> dict[str, float]:
-    """Health of a set of answers."""
-    count = len(samples)
-    return {
-        "length": sum(len(sample.answer.token_ids) for sample in samples) / count,
-        "truncation": sum(sample.answer.finish_reason != "stop" for sample in samples) / count,
-        "repetition": sum(repeated_share(sample.answer.token_ids) for sample in samples) / count,
-        "distinct": len({tuple(sample.answer.token_ids) for sample in samples}) / count,
-    }
-
-
-def describe_samples(rollout: Rollout, scores: torch.Tensor, step: int) -> list[dict[str, Any]]:
-    """Some answers of an update as they are written down."""
-    kl = ((rollout.logps - rollout.reference_logps) * rollout.mask).sum(1)
-    return [
-        {
-            "step": step,
-            "messages": sample.messages,
-            "reasoning": sample.answer.reasoning,
-            "answer": sample.answer.content,
-            "finish_reason": sample.answer.finish_reason,
-            "score": round(scores[place].item(), 4),
-            "scores": {name: round(values[place].item(), 4) for name, values in rollout.scores.items()},
-            "kl": round(kl[place].item(), 4),
-        }
-        for place, sample in enumerate(rollout.samples[:SAMPLES_LOGGED])
-    ]
+    plugin = args.deepspeed_plugin
+    if getattr(args, "hf_deepspeed_config", None) is None:  # given by the launcher, not by --deepspeed
+        args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+    args.hf_deepspeed_config.trainer_config_process(args)
+    args.hf_deepspeed_config.trainer_config_finalize(args, model, 1)
+    values = args.hf_deepspeed_config.config
+    values |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    values |= {"train_batch_size": args.world_size, "gradient_clipping": args.max_grad_norm}
+    if values["zero_optimization"]["stage"] == 3:
+        # All weights are partitioned alike, so that those of the reference can be swapped in
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    plugin.hf_ds_config.config = plugin.deepspeed_config = values

@@ -96,10 +96,13 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     if best:
         record["best"] = best
         record["evaluation"] = [entry for entry in trainer.history if "eval_score" in entry][-1]
+    keeps = True
     if reason:
-        record["stopped"] = reason = settle_on_best(trainer, output, reason, best)
-    stage.require_finite_weights(trainer)
-    stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
+        keeps, what = settle_on_best(trainer, output, best)
+        record["stopped"] = reason = f"{reason}. {what}"
+    if keeps:
+        stage.require_finite_weights(trainer)
+        stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
     adapter = output / ADAPTER_WEIGHTS
     record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
     record["finished"] = reason is None
@@ -168,15 +171,19 @@ def best_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"step": best["step"], "by": name, "value": best[name]}
 
 
-def settle_on_best(trainer: PolicyTrainer, output: Path, reason: str, best: dict[str, Any] | None) -> str:
-    """Put the best evaluation's weights in place of those that an alarm is about; the reason, with what was done."""
+def settle_on_best(trainer: PolicyTrainer, output: Path, best: dict[str, Any] | None) -> tuple[bool, str]:
+    """Put the best evaluation's weights in place of those that an alarm is about.
+
+    Without evaluations the newest checkpoint is taken for it. Returns whether there is something to save, and what.
+    """
     trainer.accelerator.wait_for_everyone()
     saved = [path for path in list_checkpoints(output) if not best or checkpoint_step(path) == best["step"]]
     if not saved:
-        where = "no evaluation was better than the start" if best else "there is no checkpoint before it"
-        return f"{reason}. Nothing was gained: {where}; the weights saved are those of the stop"
+        return False, "No weights are saved: " + ("the start was best" if best else "there is no checkpoint before it")
+    history = trainer.history  # what led to the alarm stays in the curves
     load_checkpoint(trainer, saved[-1])
-    return f"{reason}. The weights saved are those of {saved[-1].name}" + (", the best evaluation" if best else "")
+    trainer.history = history
+    return True, f"The weights saved are those of {saved[-1].name}" + (", the best evaluation" if best else "")
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,19 +1,32 @@
-"""Answers that a policy gives to its prompts: drawn by the model itself, or by a server that is handed its weights."""
+"""Answers of a policy, what is known of them, and how they look as a whole."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx
+import torch
 
-from suwen.client import Endpoint, EndpointError, complete_chats, open_client
-from suwen.encoding import ChatEncoder
-from suwen.generation import Answer, decode_answer, generate_many
+from suwen.encoding import IGNORE_INDEX, ChatEncoder
+from suwen.generation import Answer, generate_many
 from suwen.generation_settings import GenerationSettings
+from suwen.rewards import Sample, repeated_share
+
+SAMPLES_LOGGED = 8  # answers of an update that are written down
+
+
+@dataclass
+class Rollout:
+    """Answers of all ranks; those to one prompt stand one behind another. Matrices are (B, T), padded on the right."""
+
+    samples: list[Sample]
+    scores: dict[str, torch.Tensor]  # (B,) of each reward, unweighted
+    mask: torch.Tensor
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+    reference_logps: torch.Tensor
 
 
 def draw_answers(
@@ -32,74 +45,44 @@ def draw_answers(
     return [answer for answer in found if answer is not None]
 
 
-@dataclass
-class RolloutServer:
-    """An OpenAI-compatible server that takes LoRA adapters while it runs, as vLLM does.
+def row_of(sample: Sample) -> dict[str, list[int]]:
+    """A sample as a row whose answer is scored."""
+    prompt, answer = sample.prompt_ids, sample.answer.token_ids
+    return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
 
-    vLLM: `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank R`, where the output
-    folder is seen under the same path. Answers come as text and are encoded again.
-    """
 
-    url: str
-    folder: Path  # adapters are put below it
-    loaded: str = ""
+def put_rows(matrix: torch.Tensor, group: list[int], mask: torch.Tensor, flat: torch.Tensor) -> None:
+    """Put values of the tokens of a group, one answer behind another, into their rows."""
+    if group:
+        rows = torch.zeros(len(group), mask.shape[1], device=matrix.device)
+        rows[mask[group].bool().to(matrix.device)] = flat.float()
+        matrix[group] = rows
 
-    def hand_over(self, trainer: Any, step: int) -> None:
-        """Give the server the policy as it is now; every rank takes part."""
-        name = f"suwen-{step}"
-        trainer.save_model(str(self.folder / name))
-        if trainer.accelerator.is_main_process:
-            with open_client(Endpoint(self.url, name)) as client:
-                base = Endpoint(self.url, name).url.removesuffix("/chat/completions")
-                path = str((self.folder / name).resolve())
-                load = {"lora_name": name, "lora_path": path}
-                for address, body in (
-                    ("load_lora_adapter", load),
-                    ("unload_lora_adapter", {"lora_name": self.loaded}),
-                ):
-                    if not body["lora_name"]:
-                        continue
-                    try:
-                        response = client.post(f"{base}/{address}", json=body)
-                    except httpx.HTTPError as error:
-                        raise EndpointError(f"--rollout_server {self.url}: {error}") from None
-                    if response.status_code != 200:
-                        raise EndpointError(
-                            f"--rollout_server {base}/{address}: HTTP {response.status_code}, expected a server that "
-                            "takes adapters while it runs (vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
-                        )
-            if self.loaded:
-                shutil.rmtree(self.folder / self.loaded, ignore_errors=True)
-        self.loaded = name
-        trainer.accelerator.wait_for_everyone()
 
-    def draw_answers(
-        self,
-        encoder: ChatEncoder,
-        conversations: Sequence[list[dict]],
-        prompts: Sequence[list[int]],
-        settings: GenerationSettings,
-        seeds: Sequence[int],
-    ) -> list[Answer]:
-        endpoint = Endpoint(self.url, self.loaded)
-        found: list[Answer | None] = [None] * len(prompts)
-        sampling = {
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
+def describe_answers(samples: Sequence[Sample]) -> dict[str, float]:
+    """Health of a set of answers."""
+    count = len(samples)
+    return {
+        "length": sum(len(sample.answer.token_ids) for sample in samples) / count,
+        "truncation": sum(sample.answer.finish_reason != "stop" for sample in samples) / count,
+        "repetition": sum(repeated_share(sample.answer.token_ids) for sample in samples) / count,
+        "distinct": len({tuple(sample.answer.token_ids) for sample in samples}) / count,
+    }
+
+
+def describe_samples(rollout: Rollout, scores: torch.Tensor, step: int) -> list[dict[str, Any]]:
+    """Some answers of an update as they are written down."""
+    kl = ((rollout.logps - rollout.reference_logps) * rollout.mask).sum(1)
+    return [
+        {
+            "step": step,
+            "messages": sample.messages,
+            "reasoning": sample.answer.reasoning,
+            "answer": sample.answer.content,
+            "finish_reason": sample.answer.finish_reason,
+            "score": round(scores[place].item(), 4),
+            "scores": {name: round(values[place].item(), 4) for name, values in rollout.scores.items()},
+            "kl": round(kl[place].item(), 4),
         }
-        for place, reply in complete_chats(endpoint, conversations, [seed % 2**31 for seed in seeds], **sampling):
-            message = {"role": "assistant", "content": reply.content}
-            if reply.reasoning:
-                message["reasoning_content"] = reply.reasoning
-            ids = encode_reply(encoder, conversations[place], message, reply.finish_reason == "length")
-            found[place] = decode_answer(encoder, prompts[place], ids)
-        return [answer for answer in found if answer is not None]
-
-
-def encode_reply(encoder: ChatEncoder, messages: list[dict], message: dict, cut: bool) -> list[int]:
-    """Ids of an answer that came as text: with its stop token, unless it was cut off."""
-    encoded = encoder.encode_answers(messages, [message], None)
-    assert encoded is not None  # there is no limit to be longer than
-    [ids] = encoded[1]
-    return [i for i in ids if i not in encoder.stop_token_ids] if cut else ids
+        for place, sample in enumerate(rollout.samples[:SAMPLES_LOGGED])
+    ]

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 import ppo_training
-from suwen import attention, head
+from suwen import attention, head, reinforcement
 from suwen import policy_gradient as pg
 from suwen.arguments import PolicyArguments
+from suwen.checkpoint import list_checkpoints
 from suwen.encoding import ChatEncoder
 from suwen.head import add_scoring_head
 from suwen.ppo import PolicyTrainer
@@ -315,7 +316,6 @@ def test_the_minimal_call_leaves_all_that_is_promised(base, tmp_path, capsys):
 @pytest.mark.parametrize("extra", [(), ("--use_peft", "True", "--algorithm", "rloo")], ids=["ppo", "rloo with LoRA"])
 def test_a_resumed_run_is_the_uninterrupted_one_sample_for_sample(extra, base, tmp_path, monkeypatch):
     run_ppo(base, tmp_path / "whole", *extra)
-    from suwen import reinforcement
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -435,15 +435,41 @@ def test_old_flags_say_the_same():
     assert (args.own.max_new_tokens, args.own.num_generations) == (64, 2)
 
 
-def test_an_alarm_stops_the_run_says_why_and_leaves_the_best_weights(base, tmp_path):
-    # A critic and a policy that jump far at each step: the KL passes any sensible bound at once
+def test_an_alarm_stops_the_run_and_says_why(base, tmp_path):
+    # Steps so large that the KL passes any sensible bound at once; nothing before them was better than the start
     extra = "--learning_rate 0.3 --optim sgd --max_grad_norm 0 --alarm_kl 0.05 --alarm_patience 1 --max_steps 12"
     with pytest.raises(ValueError, match="stopped at update") as error:
-        run_ppo(base, tmp_path, *extra.split(), "--target_kl", "0.001")
+        run_ppo(base, tmp_path, *extra.split(), "--eval_steps", "20", "--target_kl", "0.001")
     record = json.loads((tmp_path / "ppo" / "run.json").read_text(encoding="utf-8"))
     assert record["stopped"] == str(error.value) and not record["finished"]
-    assert "nats an answer away" in record["stopped"]
-    assert (tmp_path / "ppo" / "model.safetensors").is_file()
+    assert "nats an answer away" in record["stopped"] and "the start was best" in record["stopped"]
+    assert not (tmp_path / "ppo" / "model.safetensors").is_file()
+    assert (tmp_path / "ppo" / "training_curves.png").is_file()
+
+
+def test_after_an_alarm_the_weights_are_those_of_the_best_evaluation(tmp_path):
+    trainer = build_trainer(tmp_path, save_total_limit=1)
+    weights = {}
+    for step, score in enumerate((0.1, 0.9, 0.5, 0.2), start=1):
+        trainer.history.append({**trainer.update(), "step": step})
+        trainer.history.append({"eval_score": score, "step": step})
+        reinforcement.save_checkpoint(trainer, tmp_path)
+        weights[step] = {name: tensor.clone() for name, tensor in reinforcement.trained_weights(trainer).items()}
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    history = list(trainer.history)
+    best = reinforcement.best_evaluation(history)
+    assert best == {"step": 2, "by": "eval_score", "value": 0.9}
+    keeps, what = reinforcement.settle_on_best(trainer, tmp_path, best)
+    assert keeps and "checkpoint-2, the best evaluation" in what and trainer.history == history
+    found = reinforcement.trained_weights(trainer)
+    assert all(torch.equal(tensor, weights[2][name]) for name, tensor in found.items())
+    assert any(not torch.equal(tensor, weights[4][name]) for name, tensor in found.items())
+
+
+def test_the_held_out_reward_decides_which_evaluation_is_best():
+    rows = [(1, 0.1, 0.2), (2, 0.5, 0.9), (3, 0.9, 0.1)]
+    entries = [{"step": n, "eval_score": score, "eval_held_out_reward": held} for n, score, held in rows]
+    assert reinforcement.best_evaluation(entries)["step"] == 2 and reinforcement.best_evaluation([]) is None
 
 
 def test_a_policy_server_is_handed_each_adapter_and_asked_with_it(base, tmp_path):
