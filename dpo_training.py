@@ -2,7 +2,8 @@
 
 The reference is the model that the run starts from. Its log-probabilities are computed once, before the first step, so
 there is never a second model in memory; the prompt that both answers share is computed once too. Dropout is off, that
-of LoRA too, so that the model is compared with its reference without noise.
+of LoRA too, so that the model is compared with its reference without noise. An alarm is a line that says when better
+answers become unlikely or answers begin to repeat themselves; it stops nothing and is kept in run.json.
 
     DATA=data/preference bash run_dpo.sh
     python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
@@ -18,6 +19,7 @@ HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RA
 def main(argv: list[str] | None = None) -> None:
     args = parse_stage_arguments(argv, "dpo", __doc__, HELP_DEFAULTS, PreferenceArguments)
     from suwen import models, stage
+    from suwen.alarms import PreferenceAlarms
     from suwen.data import cache_root, prepare_data
     from suwen.encoding import ChatEncoder, describe_row
     from suwen.rows import PreferenceRows, rows_of_pair
@@ -55,9 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         **packing,
     )
     trainer.compute_reference(cache_root(args.data), stage.reference_key(args, start, config, data))
-    stage.run_stage(
-        trainer, args, data, start, encoder.stop_token_ids, describe_row(rows_of_pair(data.train[0])[0], tokenizer)
-    )
+    alarms = PreferenceAlarms(trainer, encoder)
+    trainer.add_callback(alarms)
+    example = describe_row(rows_of_pair(data.train[0])[0], tokenizer)
+    stage.run_stage(trainer, args, data, start, encoder.stop_token_ids, example, {"alarms": alarms.raised})
 
 
 if __name__ == "__main__":

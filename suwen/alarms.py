@@ -1,124 +1,96 @@
-"""Signs that a run of reinforcement learning has gone wrong, found in what it logged."""
+"""Signs that preference training spoils a model while its own metrics look good."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-Entry = dict[str, Any]
-START = 3  # updates whose mean says how the run began
+from transformers import TrainerCallback
+
+from suwen.encoding import ChatEncoder
+from suwen.generation import generate_batch, model_window
+from suwen.generation_settings import GenerationSettings
+from suwen.progress import main_process, say
+
+FALL_LIMIT = 0.2  # nats a token: the better answers' perplexity has grown by 22 %
+REPETITION_LIMIT = 0.2  # share of 4-grams, above that of the start
+NUM_PROMPTS, NEW_TOKENS = 8, 64
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Where a run is stopped; 0 switches an alarm off.
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of an answer's n-grams that stood in it before; 0 for answers shorter than n.
+
+    seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319), section 4.1.
+    """
+    grams = [tuple(ids[at : at + n]) for at in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class PreferenceAlarms(TrainerCallback):
+    """Says in a plain line when better answers become unlikely, or when answers begin to repeat themselves.
+
+    The first is a known failure of DPO: the margin grows because the worse answer falls faster than the better one, and
+    what rises is neither (Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847). It is read off the
+    log-probabilities that the loss needs anyway, of held-out pairs where there are some. Repetition is measured on
+    greedy answers to a few prompts, before the first step and at each evaluation.
 
     Attributes:
-        kl: nats an answer between policy and reference, in either direction (an estimate far below zero means that
-            the log-probabilities are not of the model that drew the tokens).
-        entropy: smallest entropy a token, as a fraction of that at the start, if the score has not risen.
-        length: smallest mean length of answers, as a fraction of that at the start.
-        repetition: largest rise of the share of repeated 4-grams.
-        truncation: largest rise of the share of answers without an end.
-        patience: updates (for the held-out reward: evaluations) that a sign must last.
+        raised: the lines so far, each alarm once.
     """
 
-    kl: float = 30.0
-    entropy: float = 0.02
-    length: float = 0.1
-    repetition: float = 0.3
-    truncation: float = 0.5
-    patience: int = 5
+    def __init__(self, trainer: Any, encoder: ChatEncoder) -> None:
+        self.trainer, self.encoder = trainer, encoder
+        self.raised: list[str] = []
+        rows = (trainer.eval_dataset or trainer.train_dataset).rows
+        window = model_window(trainer.model) or math.inf
+        prompts = rows.select(range(min(len(rows), 4 * NUM_PROMPTS)))["prompt_ids"]
+        self.prompts = [ids for ids in prompts if len(ids) + NEW_TOKENS <= window][:NUM_PROMPTS]
+        self.spread = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # weights that no process holds alone
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        evaluated = self.trainer.eval_dataset is not None and args.eval_strategy != "no"
+        change = (logs or {}).get(f"{'eval_' if evaluated else ''}logps/chosen_change", 0.0)
+        if change < -FALL_LIMIT:
+            self.alarm(
+                "the better answers are becoming unlikely",
+                f"step {state.global_step}: their log-probability has fallen by {-change:.2f} nats a token since the "
+                f"start, their perplexity is {math.exp(-change):.1f} times as high; lower --learning_rate, raise "
+                "--beta, or add --sft_weight 1",
+            )
 
-def find_alarm(history: Sequence[Entry], limits: Limits) -> str | None:
-    """The reason to stop, in a line; None while all is well.
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not any("repetition" in entry for entry in state.log_history):  # else resumed: the start is known
+            self.measure()
 
-    Args:
-        history: entries of updates (with `kl`) and of evaluations (with `eval_score`), in their order.
-    """
-    updates = [entry for entry in history if "kl" in entry]
-    if not updates:
-        return None
-    last = updates[-1]
-    for name in ("loss", "score", "kl", "entropy", "grad_norm"):
-        if name in last and not math.isfinite(last[name]):
-            return f"{name} is {last[name]}; lower --learning_rate, or use --bf16 instead of --fp16"
-    if len(updates) > START + limits.patience:
-        start = {name: mean(updates[:START], name) for name in ("score", *SIGNS)}
-        recent = updates[-limits.patience :]
-        for name, sign in SIGNS.items():
-            if reason := sign(name, start, recent, limits):
-                return reason
-    return overoptimisation([entry for entry in history if "eval_score" in entry], limits)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        known = [entry["repetition"] for entry in state.log_history if "repetition" in entry]
+        if not known or (now := self.measure()) is None:
+            return
+        if now - known[0] > REPETITION_LIMIT:
+            self.alarm(
+                "answers repeat themselves",
+                f"step {state.global_step}: {now:.0%} of the sequences of four tokens in greedy answers stood there "
+                f"before, {known[0]:.0%} at the start; lower --learning_rate, raise --beta, or train for fewer steps",
+            )
 
+    def measure(self) -> float | None:
+        """Log the mean repetition of greedy answers; the main process answers while the others wait."""
+        if self.spread or not self.prompts:
+            return None
+        found = 0.0
+        if main_process():
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            training = model.training
+            model.eval()
+            settings = GenerationSettings(max_new_tokens=NEW_TOKENS, temperature=0.0)
+            answers = generate_batch(model, self.encoder, self.prompts, settings)
+            model.train(training)
+            found = sum(repetition(answer.token_ids) for answer in answers) / len(answers)
+        self.trainer.log({"repetition": found})
+        return found
 
-def mean(entries: Sequence[Entry], name: str) -> float:
-    return sum(entry.get(name, 0.0) for entry in entries) / len(entries)
-
-
-def kl_sign(name: str, start: Entry, recent: Sequence[Entry], limits: Limits) -> str | None:
-    if limits.kl and all(abs(entry[name]) > limits.kl for entry in recent):
-        return (
-            f"the policy is {recent[-1][name]:.1f} nats an answer away from its reference, more than --alarm_kl "
-            f"{limits.kl:g}; lower --learning_rate, raise --kl_coef or set --target_kl"
-        )
-    return None
-
-
-def entropy_sign(name: str, start: Entry, recent: Sequence[Entry], limits: Limits) -> str | None:
-    low = limits.entropy * start[name]
-    if limits.entropy and all(entry[name] < low for entry in recent) and mean(recent, "score") <= start["score"]:
-        return (
-            f"entropy fell from {start[name]:.3g} to {recent[-1][name]:.3g} nats a token without a gain in score "
-            f"(--alarm_entropy {limits.entropy:g}); raise --entropy_coef or --kl_coef, or lower --learning_rate"
-        )
-    return None
-
-
-def length_sign(name: str, start: Entry, recent: Sequence[Entry], limits: Limits) -> str | None:
-    if limits.length and all(entry[name] < limits.length * start[name] for entry in recent):
-        return (
-            f"answers shrank from {start[name]:.0f} to {recent[-1][name]:.1f} tokens (--alarm_length "
-            f"{limits.length:g}); where short answers are wanted, set it to 0"
-        )
-    return None
-
-
-def rising_sign(name: str, start: Entry, recent: Sequence[Entry], limits: Limits) -> str | None:
-    limit = getattr(limits, name)
-    if limit and all(entry[name] > start[name] + limit for entry in recent):
-        what = {"repetition": "repeated 4-grams", "truncation": "answers without an end"}[name]
-        advice = {"repetition": "add repetition=1.0 to --reward", "truncation": "raise --missing_eos_penalty"}[name]
-        return f"{what} rose from {start[name]:.0%} to {recent[-1][name]:.0%} (--alarm_{name} {limit:g}); {advice}"
-    return None
-
-
-SIGNS = {
-    "kl": kl_sign,
-    "entropy": entropy_sign,
-    "length": length_sign,
-    "repetition": rising_sign,
-    "truncation": rising_sign,
-}
-
-
-def overoptimisation(evaluations: Sequence[Entry], limits: Limits) -> str | None:
-    """The trained reward rises while the held-out one falls: Gao et al. 2023 (arXiv:2210.10760).
-
-    Both are compared with the evaluation at which the held-out reward was best; every one since must show both.
-    """
-    found = [entry for entry in evaluations if "eval_held_out_reward" in entry]
-    if not found:
-        return None
-    best = max(range(len(found)), key=lambda i: found[i]["eval_held_out_reward"])
-    after = found[best + 1 :]
-    if len(after) >= limits.patience and all(entry["eval_score"] > found[best]["eval_score"] for entry in after):
-        return (
-            f"the held-out reward fell from {found[best]['eval_held_out_reward']:.3f} (update {found[best]['step']})"
-            f" to {after[-1]['eval_held_out_reward']:.3f} while the trained one rose: it is being exploited; raise "
-            "--kl_coef, or train a better reward model"
-        )
-    return None
+    def alarm(self, kind: str, detail: str) -> None:
+        if not any(line.startswith(kind) for line in self.raised):
+            self.raised.append(f"{kind}; {detail}")
+            say(f"alarm: {self.raised[-1]}")

@@ -83,12 +83,47 @@ class LoraArguments:
 
 @dataclass
 class PreferenceArguments:
-    beta: float = flag(0.1, "how strongly the model is held to its start (DPO paper); for ipo its tau")
+    beta: float | None = flag(
+        None,
+        "how strongly the model is held to its start; for ipo its tau (0.1 as in arXiv:2305.18290; for sigmoid_norm 5"
+        " as in arXiv:2411.15124)",
+    )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = flag(
         "sigmoid", "sigmoid is DPO; sigmoid_norm the same with log-probabilities averaged over tokens"
     )
     label_smoothing: float = flag(0.0, "share of pairs that may be labelled the wrong way round (sigmoid, robust)")
     sft_weight: float = flag(0.0, "weight of the better answer's own loss a token, added (RPO, arXiv:2404.19733)")
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            self.beta = 5.0 if self.loss_type == "sigmoid_norm" else 0.1
+
+
+@dataclass
+class OddsRatioArguments:
+    orpo_lambda: float = flag(0.1, "weight of the odds ratio beside the better answer's own loss (arXiv:2403.07691)")
+
+    def __post_init__(self) -> None:
+        if not self.orpo_lambda >= 0:
+            raise ValueError(f"--orpo_lambda: found {self.orpo_lambda}, expected 0 or more")
+
+
+@dataclass
+class RewardArguments:
+    centering: float = flag(
+        0.01, "weight of the squared sum of a pair's scores, which holds scores around 0 (arXiv:2312.09244)"
+    )
+    margin_scale: float = flag(
+        0.0, "the better answer must be ahead by its row's margin times this (Llama 2, arXiv:2307.09288, eq. 2)"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("centering", "margin_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name}: found {getattr(self, name)}, expected 0 or more")
+
+
+REWARD_RULES = ("exam", "format", "length", "repetition", "language")  # see `suwen.rewards`
 
 
 @dataclass
@@ -203,6 +238,8 @@ RENAMED = {
     "resume_from_checkpoint": "resume",
     "train_file": "train_file_dir",
     "rpo_alpha": "sft_weight",
+    "orpo_beta": "orpo_lambda",
+    "center_rewards_coefficient": "centering",
     "validation_file": "validation_file_dir",
     "sft_model_path": "model_name_or_path",
     "response_length": "max_new_tokens",
@@ -470,7 +507,7 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
 
 
 def check_preference(given: PreferenceArguments) -> None:
-    if given.beta <= 0:
+    if given.beta is None or given.beta <= 0:
         raise ValueError(f"--beta: found {given.beta}, expected a positive number")
     if not 0 <= given.label_smoothing < 0.5:
         raise ValueError(f"--label_smoothing: found {given.label_smoothing}, expected 0 to below 0.5")
@@ -480,7 +517,32 @@ def check_preference(given: PreferenceArguments) -> None:
         raise ValueError(f"--sft_weight: found {given.sft_weight}, expected 0 or more")
 
 
+def parse_rewards(text: str, flag: str = "--reward") -> list[tuple[str, float]]:
+    """ "exam=1.0,model:outputs/rm=0.5" as [("exam", 1.0), ("model:outputs/rm", 0.5)]; a weight left out is 1.
+
+    Raises:
+        ValueError: an unknown name, a weight that is no number, the same name twice, or nothing at all.
+    """
+    found: list[tuple[str, float]] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, weight = part.rpartition("=") if "=" in part else (part, "", "1")
+        if name not in REWARD_RULES and not (name.startswith("model:") and name != "model:"):
+            raise ValueError(f"{flag}: found {name!r}, expected {', '.join(REWARD_RULES)} or model:FOLDER")
+        try:
+            found.append((name, float(weight)))
+        except ValueError:
+            raise ValueError(f"{flag}: found {part!r}, expected a number behind the =") from None
+        if name in (other for other, _ in found[:-1]):
+            raise ValueError(f"{flag}: found {name} twice")
+    if not found:
+        raise ValueError(f"{flag}: found nothing, expected names with weights such as exam=1.0,format=0.2")
+    return found
+
+
 def check_policy(given: PolicyArguments, lora: LoraArguments) -> None:
+    for name in ("reward", "held_out_reward"):
+        if getattr(given, name) is not None:
+            parse_rewards(getattr(given, name), f"--{name}")
     for name in ("num_generations", "num_ppo_epochs", "total_episodes", "target_kl"):
         value = getattr(given, name)
         if value is not None and value <= 0:

@@ -135,3 +135,25 @@ def collate_pairs(packs: Iterable[list[dict[str, Any]]], pad_token_id: int | Non
     if "reference_logps" in pairs[0]:
         batch["reference_logps"] = torch.tensor([pair["reference_logps"] for pair in pairs])  # (pairs, 2)
     return batch
+
+
+def last_positions(batch: Batch) -> torch.Tensor:
+    """Where the rows of a batch end, in the flattened batch; of a packed one, where each of its segments does."""
+    if "cu_seq_lens_q" in batch:
+        return batch["cu_seq_lens_q"][1:].long() - 1
+    mask = batch["attention_mask"]  # padded on the right
+    return torch.arange(len(mask)) * mask.shape[1] + mask.sum(1) - 1
+
+
+def collate_ends(packs: Iterable[list[dict[str, Any]]], pad_token_id: int | None = None) -> Batch:
+    """A batch of packs of pairs for a reward model: scored at the last token of each answer, better, worse, better, ...
+
+    `margins` (pairs,) are 0 where a pair has none; `numbers` (pairs,) its place in the data set, -1 if not counted.
+    """
+    pairs = list(chain.from_iterable(packs))
+    batch = pack_pairs(pairs) if pad_token_id is None else pad_pairs(pairs, pad_token_id)
+    del batch["score_labels"], batch["owners"]
+    batch["score_at"] = last_positions(batch)
+    batch["margins"] = torch.tensor([pair.get("margin") or 0.0 for pair in pairs])
+    batch["numbers"] = torch.tensor([pair.get("number", -1) for pair in pairs])
+    return batch

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from suwen import readers
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
-from suwen.parallel import BATCH_ROWS, ArrowFile, Encode, available_cores, build_batches, encode_all
+from suwen.parallel import BATCH_ROWS, OF_SOME_PAIRS, ArrowFile, Encode, available_cores, build_batches, encode_all
 from suwen.questions import prompt_rows
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMAS", "PreparedData", "Report", "load_rows", "prepare_data"]
 
-CODE_VERSION = 1  # part of the cache key: raise it when the same files would give other rows
+CODE_VERSION = 2  # part of the cache key: raise it when the same files would give other rows
 CACHE_DIR = Path(__file__).resolve().parent.parent / ".cache" / "suwen"
 
 
@@ -453,6 +453,5 @@ def _open(path: Path) -> Dataset | None:
     from datasets import Dataset
 
     dataset = Dataset.from_file(str(path))
-    if "margin" in dataset.column_names and dataset.data.column("margin").null_count == len(dataset):
-        dataset = dataset.remove_columns("margin")
-    return dataset
+    names = [name for name in OF_SOME_PAIRS if name in dataset.column_names]
+    return dataset.remove_columns([n for n in names if dataset.data.column(n).null_count == len(dataset)])

@@ -1,7 +1,7 @@
 """From raw records to canonical rows: recognises the formats of public data sets by their keys, row by row.
 
 Canonical rows are {"text"} for the schema "text", {"messages"} for "conversation", and {"messages", "chosen",
-"rejected"[, "margin"]} for "preference". data/README.md describes every format read here.
+"rejected"[, "margin", "fault"]} for "preference". data/README.md describes every format read here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KNOWN_KEYS = {
     *(*TURN_LISTS, *QUESTIONS, *ANSWERS, *REASONING),
     *("instruction", "instruct", "history", "system", "system_prompt", "text", "content"),
     *("chosen", "rejected", "response_chosen", "response_rejected"),
-    *("margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected"),
+    *("margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected", "fault"),
 }
 EXPECTED = {
     "text": 'text: a .txt line, {"text"}, {"title", "content"}, a JSON list of strings, or --columns text=COLUMN',
@@ -392,8 +392,12 @@ def _preference(fields: dict[str, Any], changes: Counter[str]) -> dict[str, Any]
         row[key] = turns
     if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
         raise BadRow("chosen equals rejected", "expected two different answers")
-    margin = _margin(fields)
-    return row if margin is None else {**row, "margin": margin}
+    margin, fault = _margin(fields), fields.get("fault")
+    if margin is not None:
+        row["margin"] = margin
+    if isinstance(fault, str) and fault.strip():  # what is wrong with the rejected answer
+        row["fault"] = fault.strip()
+    return row
 
 
 def _reply_turns(value: Any, name: str, changes: Counter[str]) -> list[Message]:

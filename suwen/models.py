@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -291,15 +291,24 @@ def load_adapter(model: Any, adapter: str, trainable: bool = False) -> Any:
     try:
         config = PeftConfig.from_pretrained(adapter)
         if hasattr(model, "score") and not is_reward_model(adapter):
-            # Of a language model: its adapter fits the backbone, and where it goes on training the new head does too
-            config.task_type = "SEQ_CLS" if trainable else None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # that head
-            return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, config=config)
+            if trainable:
+                return adapter_with_new_head(model, adapter, config)
+            config.task_type = None  # of a language model: it fits the backbone alone
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, KeyError) as error:
         base = getattr(model, "name_or_path", "the base")
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"adapter {adapter!r}: does not fit the base {base!r}: {reason}") from None
+
+
+def adapter_with_new_head(model: Any, adapter: str, config: PeftConfig) -> Any:
+    """A language model's adapter on a reward model, to be trained further together with the head."""
+    config.task_type, config.inference_mode = "SEQ_CLS", False
+    weights = load_peft_weights(adapter, device="cpu")
+    weights["base_model.model.score.weight"] = model.score.weight.detach().clone()
+    model = get_peft_model(model, config)
+    set_peft_model_state_dict(model, weights)
+    return model
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 BATCH_ROWS = 128
 BATCH_CHARACTERS = 1 << 18
+OF_SOME_PAIRS = {"margin": pa.float64(), "fault": pa.string()}  # columns that all batches have; dropped if empty
 
 Row = dict[str, Any]
 Encode = Callable[[Row], tuple[list[Row], Counter[str]]]
@@ -54,13 +55,13 @@ def _encode_batch(encode: Encode, rows: list[Row], times: list[int]) -> Result:
 
 def _to_table(rows: list[Row]) -> pa.Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    if "chosen_ids" in names and "margin" not in names:
-        names.append("margin")  # so that all batches have the same columns; dropped in the end if empty
+    if "chosen_ids" in names:
+        names = [*(name for name in names if name not in OF_SOME_PAIRS), *OF_SOME_PAIRS]
     columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
         sample = next((value for value in values if value is not None), 0.0)
-        kind = pa.list_(pa.int32()) if isinstance(sample, list) else pa.float64() if name == "margin" else None
+        kind = pa.list_(pa.int32()) if isinstance(sample, list) else OF_SOME_PAIRS.get(name)
         columns[name] = pa.array(values, kind)
     return pa.table(columns)
 

@@ -57,6 +57,25 @@ def preference_loss(
     raise ValueError(f"unknown --loss_type {loss_type!r}; known: {', '.join(LOSS_TYPES)}")
 
 
+def bradley_terry_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | float = 0.0, centering: float = 0.0
+) -> torch.Tensor:
+    """Loss of a reward model on each pair: -log of the probability that the better answer wins.
+
+    Bradley and Terry 1952, as in Ouyang et al. 2022 (arXiv:2203.02155), eq. 1.
+
+    Args:
+        chosen, rejected: (B,) scores of the better and the worse answer.
+        margin: (B,) by how much the better answer must be ahead: Llama 2 (arXiv:2307.09288), eq. 2.
+        centering: weight of (chosen + rejected)^2, which holds scores around 0 without moving the order: Eisenstein et
+            al. 2023 (arXiv:2312.09244), with 0.01.
+
+    Returns:
+        (B,) losses.
+    """
+    return softplus(margin - (chosen - rejected)) + centering * (chosen + rejected) ** 2
+
+
 def odds_ratio_loss(mean_logps: PairLogps) -> torch.Tensor:
     """ORPO's preference term of each pair: Hong et al. 2024 (arXiv:2403.07691), eq. 7.
 

@@ -66,7 +66,7 @@ def packing_difference(model: Any, items: list[Any], pack: Callable, pad: Callab
     """How far log-probabilities move when rows are packed instead of computed side by side.
 
     Args:
-        model: with a scoring head.
+        model: with a scoring head, or a reward model.
         pack, pad: from items to a packed batch, and to a padded one whose rows cannot see one another.
         config: the trainer's; its device and precision are those of the comparison.
 
@@ -80,7 +80,7 @@ def packing_difference(model: Any, items: list[Any], pack: Callable, pad: Callab
     for batch in (pack(items), pad(items, 0)):
         gather = gathered_module_by_module(model) if is_deepspeed_zero3_enabled() else nullcontext()
         with gather, torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
-            found.append(model(**on_device(batch, model.device)).logps)
+            found.append(model(**on_device(batch, model.device))[0])  # log-probabilities, or a reward model's scores
     model.train(training)
     return ((found[0] - found[1]).abs().max() / found[1].std().clamp(min=1e-6)).item()
 

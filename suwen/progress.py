@@ -51,7 +51,9 @@ class RefuseNonFinite(TrainerCallback):
 SHOWN = {
     "loss": "loss", "eval_loss": "held-out loss", "eval_perplexity": "perplexity", "token_accuracy": "accuracy",
     "eval_token_accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin",
-    "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "margin", "grad_norm": "gradient",
+    "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "margin", "accuracy": "accuracy",
+    "eval_accuracy": "accuracy", "margin": "margin", "eval_margin": "margin", "log_odds_ratio": "log odds ratio",
+    "eval_log_odds_ratio": "log odds ratio", "grad_norm": "gradient",
     "learning_rate": "rate",
 }  # fmt: skip
 
@@ -84,6 +86,7 @@ def closing_lines(record: dict[str, Any], output: Path) -> list[str]:
             "eval_loss": "loss", "eval_perplexity": "perplexity", "eval_token_accuracy": "token accuracy",
             "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "reward margin",
             "eval_score": "score", "eval_held_out_reward": "held-out reward",
+            "eval_accuracy": "accuracy", "eval_margin": "margin", "eval_log_odds_ratio": "log odds ratio",
         }  # fmt: skip
         parts = [f"{name} {evaluation[key]:.4f}" for key, name in shown.items() if key in evaluation]
         lines.append("held out: " + ", ".join(parts))

@@ -65,6 +65,10 @@ PANELS = (
     ("clipped tokens", ("clip_fraction",)),
     ("explained variance", ("explained_variance",)),
     ("held-out reward", ("eval_held_out_reward",)),
+    ("repetition", ("repetition",)),
+    ("pair accuracy", ("accuracy", "eval_accuracy")),
+    ("score margin", ("margin", "eval_margin")),
+    ("log odds ratio", ("log_odds_ratio", "eval_log_odds_ratio")),
     ("learning rate", ("learning_rate",)),
 )
 PANELS_A_ROW = 5

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from suwen import stage
-from suwen.alarms import Limits, find_alarm
 from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step, list_checkpoints
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
+from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from suwen.batches import last_positions
 from suwen.encoding import ChatEncoder
 from suwen.generation import model_window
 from suwen.head import add_reward_forward
@@ -83,8 +84,8 @@ class RewardModel:
                 chosen, order = order[-size:], order[:-size]
                 ids = pad([rows[i] for i in chosen], 0)
                 mask = pad([[1] * len(rows[i]) for i in chosen], 0)
-                ends = torch.arange(len(chosen)) * ids.shape[1] + mask.sum(1) - 1
-                batch = {"input_ids": ids, "attention_mask": mask, "score_at": ends}
+                batch = {"input_ids": ids, "attention_mask": mask}
+                batch["score_at"] = last_positions(batch)
                 found = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}).scores
                 for i, value in zip(chosen, found.tolist(), strict=True):
                     scores[i] = value

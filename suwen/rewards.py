@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from suwen.alarms import repetition
+from suwen.arguments import parse_rewards
 from suwen.benchmarks.choice import judge_choice
 from suwen.benchmarks.task import Item
 from suwen.lineage import find_finished_stage
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from suwen.arguments import PolicyArguments
     from suwen.generation import Answer
 
-NGRAM = 4
 OVERLONG = 0.2  # of the limit
 
 
@@ -52,28 +53,6 @@ class Weighted:
     head: Any = None  # (H,) of a reward model
 
 
-def parse_rewards(text: str, flag: str = "--reward") -> list[tuple[str, float]]:
-    """ "exam=1.0,model:outputs/rm=0.5" as [("exam", 1.0), ("model:outputs/rm", 0.5)]; a weight left out is 1.
-
-    Raises:
-        ValueError: an unknown name, a weight that is no number, the same name twice, or nothing at all.
-    """
-    found: list[tuple[str, float]] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, weight = part.rpartition("=") if "=" in part else (part, "", "1")
-        if name not in RULES and not (name.startswith("model:") and name != "model:"):
-            raise ValueError(f"{flag}: found {name!r}, expected {', '.join(RULES)} or model:FOLDER")
-        try:
-            found.append((name, float(weight)))
-        except ValueError:
-            raise ValueError(f"{flag}: found {part!r}, expected a number behind the =") from None
-        if name in (other for other, _ in found[:-1]):
-            raise ValueError(f"{flag}: found {name} twice")
-    if not found:
-        raise ValueError(f"{flag}: found nothing, expected names with weights such as exam=1.0,format=0.2")
-    return found
-
-
 def load_rewards(text: str, settings: PolicyArguments, device: Any, flag: str = "--reward") -> list[Weighted]:
     """The rewards of a specification; reward models are loaded."""
     found = []
@@ -97,8 +76,7 @@ def find_rewards(given: str | None, outputs: str) -> str:
                 f"--reward: found no finished reward model in {outputs}, expected run_rm.sh before, or rules such as"
                 " exam=1.0,format=0.2"
             )
-        given = f"model:{folder}=1.0"
-    parse_rewards(given)
+        return f"model:{folder}=1.0"
     return given
 
 
@@ -140,13 +118,7 @@ def length_reward(samples: Sequence[Sample], max_new_tokens: int) -> list[float]
 
 
 def repetition_reward(samples: Sequence[Sample], **_: int) -> list[float]:
-    return [-repeated_share(sample.answer.token_ids) for sample in samples]
-
-
-def repeated_share(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """Share of the n-grams of an answer that occurred before in it; 0 for answers of fewer than n tokens."""
-    grams = [tuple(token_ids[at : at + n]) for at in range(len(token_ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return [-repetition(sample.answer.token_ids) for sample in samples]
 
 
 def language_reward(samples: Sequence[Sample], **_: int) -> list[float]:

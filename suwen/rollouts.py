@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from suwen.alarms import repetition
 from suwen.encoding import IGNORE_INDEX, ChatEncoder
 from suwen.generation import Answer, generate_many
 from suwen.generation_settings import GenerationSettings
-from suwen.rewards import Sample, repeated_share
+from suwen.rewards import Sample
 
 SAMPLES_LOGGED = 8  # answers of an update that are written down
 
@@ -65,7 +66,7 @@ def describe_answers(samples: Sequence[Sample]) -> dict[str, float]:
     return {
         "length": sum(len(sample.answer.token_ids) for sample in samples) / count,
         "truncation": sum(sample.answer.finish_reason != "stop" for sample in samples) / count,
-        "repetition": sum(repeated_share(sample.answer.token_ids) for sample in samples) / count,
+        "repetition": sum(repetition(sample.answer.token_ids) for sample in samples) / count,
         "distinct": len({tuple(sample.answer.token_ids) for sample in samples}) / count,
     }
 

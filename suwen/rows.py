@@ -65,7 +65,7 @@ class PreferenceRows:
     def __init__(self, encoder: ChatEncoder, max_length: int) -> None:
         self.encoder, self.max_length = encoder, max_length
         self.fingerprint = fingerprint(
-            encoder.tokenizer, kind="preference with thinking", thinking=encoder.thinking, max_length=max_length
+            encoder.tokenizer, kind="preference with margin and fault", thinking=encoder.thinking, max_length=max_length
         )
 
     def __call__(self, row: dict[str, Any]) -> Encoded:
@@ -74,7 +74,8 @@ class PreferenceRows:
             return [], Counter({"prompt and answer longer than --max_length": 1})
         if pair["chosen_ids"] == pair["rejected_ids"]:
             return [], Counter({"chosen and rejected have the same tokens": 1})
-        return [{**pair, "thinking": carries_reasoning(row["chosen"])}], Counter()
+        kept = {name: row.get(name) for name in ("margin", "fault")}
+        return [{**pair, "thinking": carries_reasoning(row["chosen"]), **kept}], Counter()
 
 
 class PromptRows:

@@ -247,7 +247,7 @@ def run_stage(
 
     Args:
         start: path of the model that the stage went on from.
-        stop_token_ids: ids at which generation with the result stops.
+        stop_token_ids: ids at which generation with the result stops; empty for a reward model.
         example: one decoded row with its trained part marked.
         extra: further entries for run.json.
 
@@ -427,5 +427,7 @@ def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:
             weights.chmod(0o666 & ~umask)
         tokenizer = trainer.processing_class
         tokenizer.save_pretrained(output)
+        if not stop_token_ids:
+            return
         stops = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
         GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(output)

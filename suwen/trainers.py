@@ -18,10 +18,10 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from suwen.batches import collate_pairs, collate_rows, pair_length
+from suwen.batches import collate_ends, collate_pairs, collate_rows, pair_length
 from suwen.models import without_dropout
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
-from suwen.preference import PairLogps, preference_loss, sum_by_answer
+from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
 
 
@@ -222,6 +222,7 @@ class PairTrainer(PackedTrainer):
             "rewards/accuracies": (chosen > rejected).sum(),
             "rewards/margins": (chosen - rejected).sum(),
             "logps/chosen": policy.chosen.detach().sum(),
+            "logps/chosen_change": ((policy.chosen - reference.chosen) / lengths.chosen).detach().sum(),
             "logps/rejected": policy.rejected.detach().sum(),
         }
 
@@ -280,3 +281,83 @@ class PairTrainer(PackedTrainer):
         if world > 1:
             torch.distributed.all_reduce(found)
         return found.cpu().numpy()
+
+
+class OddsRatioTrainer(PairTrainer):
+    """ORPO: the better answer's own loss and the odds ratio against the worse one, without a reference.
+
+    Hong et al. 2024 (arXiv:2403.07691), eq. 6; both terms average over the tokens of an answer, stop token included,
+    then over pairs.
+    """
+
+    def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sums, lengths = self.pair_logps(model, dict(batch))
+        mean = PairLogps(sums.chosen / lengths.chosen, sums.rejected / lengths.rejected)
+        losses = self.settings.orpo_lambda * odds_ratio_loss(mean) - mean.chosen
+        chosen, rejected = log_odds(mean.chosen.detach()), log_odds(mean.rejected.detach())
+        return losses.sum(), {
+            "pairs": torch.tensor(len(losses), device=losses.device),
+            "loss": losses.detach().sum(),
+            "nll": -mean.chosen.detach().sum(),
+            "accuracy": (chosen > rejected).sum(),
+            "log_odds_ratio": (chosen - rejected).sum(),
+        }
+
+
+class RewardTrainer(PackedTrainer):
+    """A reward model on rows of prompt_ids, chosen_ids and rejected_ids; the loss is a mean over pairs.
+
+    Attributes:
+        held_out_scores: (rows, 2) of the better and the worse answers in the last evaluation; None before the first.
+    """
+
+    row_length = staticmethod(pair_length)
+    collate = staticmethod(collate_ends)
+
+    def __init__(self, *, settings: Any, **kwargs: Any) -> None:
+        """`settings`: margin_scale and centering, see `suwen.preference.bradley_terry_loss`."""
+        self.settings = settings
+        self.held_out_scores: np.ndarray | None = None
+        super().__init__(**kwargs)
+        if self.eval_dataset is not None:
+            numbered = self.eval_dataset.rows.add_column("number", np.arange(len(self.eval_dataset.rows)))
+            self.eval_dataset.rows = numbered
+
+    def num_items(self, batch: dict[str, Any]) -> int:
+        return len(batch["margins"])
+
+    def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        batch = dict(batch)
+        margins, numbers = batch.pop("margins"), batch.pop("numbers")
+        scores = model(**batch).scores
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        losses = bradley_terry_loss(chosen, rejected, self.settings.margin_scale * margins, self.settings.centering)
+        self.measured = torch.stack([numbers, chosen.detach(), rejected.detach()], dim=1)
+        scores, ahead = scores.detach(), (chosen - rejected).detach()
+        return losses.sum(), {
+            "pairs": torch.tensor(len(losses), device=losses.device),
+            "loss": losses.detach().sum(),
+            "accuracy": (ahead > 0).sum(),
+            "margin": ahead.sum(),
+            "score_mean": scores.sum() / 2,
+            "squares": (scores.double() ** 2).sum() / 2,
+        }
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        found = {name: value / max(sums["pairs"], 1) for name, value in sums.items() if name != "pairs"}
+        found["score_std"] = math.sqrt(max(found.pop("squares") - found["score_mean"] ** 2, 0))
+        return found
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().prediction_step(model, inputs, *args, **kwargs)
+        self.scored.append(self.accelerator.gather(self.accelerator.pad_across_processes(self.measured, pad_index=-1)))
+        return output
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.scored: list[torch.Tensor] = []
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        numbers, *scores = torch.cat(self.scored).double().cpu().numpy().T
+        known = numbers >= 0  # not the filling of shorter batches; copies of a pair fall on one another
+        self.held_out_scores = np.zeros((len(dataloader.dataset.rows), 2))
+        self.held_out_scores[numbers[known].astype(int)] = np.stack(scores, axis=1)[known]
+        return output

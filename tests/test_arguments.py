@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from suwen.arguments import PreferenceArguments, parse_library_flags, parse_stage_arguments, translate_old_flags
+from suwen.arguments import (
+    OddsRatioArguments,
+    PreferenceArguments,
+    RewardArguments,
+    parse_library_flags,
+    parse_stage_arguments,
+    translate_old_flags,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +140,35 @@ def test_preference_settings_that_cannot_be_are_refused(words, expected):
         parse_stage_arguments(words, "dpo", "", {}, PreferenceArguments)
 
 
-@pytest.mark.parametrize("script", ["pretraining.py", "supervised_finetuning.py", "dpo_training.py"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--centering", "-1"], "--centering: found -1.0, expected 0 or more"),
+        (["--margin_scale", "nan"], "--margin_scale: found nan"),
+    ],
+)
+def test_reward_settings_that_cannot_be_are_refused(words, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_stage_arguments(words, "rm", "", {}, RewardArguments)
+
+
+def test_the_weight_of_the_odds_ratio_is_known_by_its_old_name():
+    parsed = parse_stage_arguments(["--orpo_beta", "0.2"], "orpo", "", {}, OddsRatioArguments)
+    assert parsed.own.orpo_lambda == 0.2
+    with pytest.raises(ValueError, match="--orpo_lambda: found -0.1, expected 0 or more"):
+        parse_stage_arguments(["--orpo_lambda", "-0.1"], "orpo", "", {}, OddsRatioArguments)
+
+
+def test_beta_follows_the_loss_unless_it_is_given():
+    assert PreferenceArguments().beta == 0.1
+    assert PreferenceArguments(loss_type="sigmoid_norm").beta == 5.0
+    assert PreferenceArguments(loss_type="sigmoid_norm", beta=0.3).beta == 0.3
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py", "orpo_training.py"],
+)
 def test_help_needs_nothing_but_the_standard_library(script):
     began = time.monotonic()
     result = subprocess.run(

@@ -19,7 +19,7 @@ import pytest
 from suwen.check_environment import Gpu, fitting_index, read_pins, select_visible
 
 ROOT = Path(__file__).parents[1]
-STAGE_LAUNCHERS = ("run_pt.sh", "run_sft.sh", "run_dpo.sh")
+STAGE_LAUNCHERS = ("run_pt.sh", "run_sft.sh", "run_dpo.sh", "run_rm.sh", "run_orpo.sh")
 LAUNCHERS = (*STAGE_LAUNCHERS, "run_pipeline.sh", "run_tests.sh")
 # sh is dash on Debian and Ubuntu, bash on others
 SHELLS = sorted({os.path.realpath(path) for path in map(shutil.which, ("sh", "dash", "bash")) if path})
@@ -41,8 +41,8 @@ def tree(tmp_path) -> Path:
         shutil.copy(ROOT / "suwen" / name, folder / "suwen")
     for name in (*LAUNCHERS, "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("pretraining.py", "supervised_finetuning.py", "dpo_training.py"):
-        (folder / name).write_text(STUB)
+    for name in ("pretraining", "supervised_finetuning", "dpo_training", "reward_modeling", "orpo_training"):
+        (folder / f"{name}.py").write_text(STUB)
     return folder
 
 
@@ -158,7 +158,13 @@ def test_the_variables_become_flags(tree):
 
 @pytest.mark.parametrize(
     ("name", "data", "output"),
-    [("run_pt.sh", "pretrain", "pt"), ("run_sft.sh", "sft", "sft"), ("run_dpo.sh", "preference", "dpo")],
+    [
+        ("run_pt.sh", "pretrain", "pt"),
+        ("run_sft.sh", "sft", "sft"),
+        ("run_dpo.sh", "preference", "dpo"),
+        ("run_rm.sh", "preference", "rm"),
+        ("run_orpo.sh", "preference", "orpo"),
+    ],
 )
 def test_without_variables_the_data_of_the_project_and_no_model_is_named(tree, tmp_path, name, data, output):
     argv = json.loads(call(tree, name, cwd=tmp_path, PYTHONPATH=installed(tree)).stdout)["argv"]

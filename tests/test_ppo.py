@@ -498,7 +498,7 @@ def test_settings_of_the_namespace_are_those_of_the_flags():
     """Limits are filled by name: a flag that is renamed on one side alone would be lost."""
     import dataclasses
 
-    from suwen.alarms import Limits
+    from suwen.policy_alarms import Limits
 
     flags = {f.name: f.default for f in dataclasses.fields(PolicyArguments) if f.name.startswith("alarm_")}
     assert flags == {f"alarm_{f.name}": f.default for f in dataclasses.fields(Limits)}

@@ -7,12 +7,13 @@ from collections import Counter
 
 import pytest
 
-from suwen.alarms import Limits, find_alarm
-from suwen.arguments import PolicyArguments
+from suwen.alarms import repetition
+from suwen.arguments import REWARD_RULES, PolicyArguments, parse_rewards
 from suwen.benchmarks.choice import ask_choice
 from suwen.benchmarks.task import Item
 from suwen.formats import BadRow
 from suwen.generation import Answer
+from suwen.policy_alarms import Limits, find_alarm
 from suwen.questions import ask, prompt_rows, shuffled
 from suwen.rewards import (
     RULES,
@@ -21,9 +22,7 @@ from suwen.rewards import (
     critic_head,
     load_rewards,
     message_of,
-    parse_rewards,
     prompt_room,
-    repeated_share,
 )
 
 ITEM = Item("首选哪种药？", "C", {"A": "青霉素", "B": "阿司匹林", "C": "硝酸甘油"}, False)
@@ -60,9 +59,9 @@ def test_the_length_is_free_up_to_four_fifths_and_costs_one_at_the_limit():
 
 
 def test_repeated_four_grams_are_counted_once_seen():
-    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
-    assert repeated_share([5] * 10) == pytest.approx(6 / 7)
-    assert repeated_share([1, 2, 3]) == repeated_share(range(50)) == 0.0
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([5] * 10) == pytest.approx(6 / 7)
+    assert repetition([1, 2, 3]) == repetition(range(50)) == 0.0
     assert earned("repetition", sample("", [5] * 10)) == pytest.approx([-6 / 7])
 
 
@@ -85,6 +84,10 @@ def test_specifications_are_read_and_refused():
             parse_rewards(text)
     [rule] = load_rewards("length=0.5", PolicyArguments(max_new_tokens=10), "cpu")
     assert (rule.weight, rule.measure([sample("", range(10))])) == (0.5, [-1.0])
+
+
+def test_the_command_line_knows_every_rule():
+    assert tuple(RULES) == REWARD_RULES
 
 
 def test_the_critic_begins_with_the_head_that_fits():

@@ -16,7 +16,9 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_training
+import orpo_training
 import pretraining
+import reward_modeling
 import supervised_finetuning
 from suwen.lineage import resolve_lineage
 from suwen.models import load_causal_lm, load_config
@@ -24,7 +26,13 @@ from template import TEMPLATES
 
 pytestmark = pytest.mark.training
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
+SCRIPTS = {
+    "pt": pretraining,
+    "sft": supervised_finetuning,
+    "dpo": dpo_training,
+    "orpo": orpo_training,
+    "rm": reward_modeling,
+}
 QUESTIONS = [
     "高血压怎么办？",
     "糖尿病有什么症状？",
@@ -94,7 +102,7 @@ def run_stage(stage: str, base: str | None, folder: Path, *more: str) -> dict:
     return json.loads((folder / stage / "run.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("stage", ["pt", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pt", "sft", "dpo", "orpo"])
 def test_the_minimal_call_leaves_all_that_is_promised(stage, base, tmp_path, capsys):
     record = run_stage(stage, base, tmp_path, "--max_steps", "3")
     out = tmp_path / stage
@@ -402,7 +410,7 @@ def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> N
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rm"])
 def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     # Two steps use 16 of the 19 training rows: an uneven last batch would be filled up differently.
     same = [
