@@ -329,6 +329,8 @@ def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda 
         if name in {"max_source_length", "max_target_length"}:
             try:
                 lengths += int(values[0])
+                if name == "max_source_length":  # PPO's launcher calls the other part of a row so
+                    lengths += int((dict(pairs).get("response_length") or ["0"])[0])
             except (IndexError, ValueError):
                 raise ValueError(
                     f"--{name}: found {' '.join(values) or 'nothing'}, expected a number of tokens"

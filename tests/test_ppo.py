@@ -14,9 +14,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainingArguments
 
 import ppo_training
+from benchmarks import reinforcement as reinforcement_benchmark
 from suwen import attention, head, reinforcement
 from suwen import policy_gradient as pg
 from suwen.arguments import PolicyArguments
@@ -24,8 +25,10 @@ from suwen.checkpoint import list_checkpoints
 from suwen.encoding import ChatEncoder
 from suwen.head import add_scoring_head
 from suwen.ppo import PolicyTrainer
+from suwen.reward import load_reward_model
 from suwen.rewards import Weighted
 from suwen.rows import PromptRows
+from suwen.statistics import compare_correct
 from template import TEMPLATES
 
 pytestmark = pytest.mark.training
@@ -348,6 +351,47 @@ def test_a_quantised_base_trains_and_its_adapter_goes_on_against_itself(quantiza
     assert one.keys() == two.keys() and any(not torch.equal(one[name], two[name]) for name in one)
 
 
+def reward_model_folder(folder: Path) -> str:
+    """A reward model of another tokenizer and template, as `run_rm.sh` leaves it."""
+    tokenizer = tiny_tokenizer(style="metaspace", chat_template=TEMPLATES["vicuna"].jinja)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = tiny_model(tokenizer).config
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    torch.manual_seed(7)
+    model = LlamaForSequenceClassification(config)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    (folder / "run.json").write_text('{"stage": "rm", "finished": true}')
+    return str(folder)
+
+
+def test_a_reward_model_of_another_tokenizer_scores_answers_and_starts_the_critic(base, tmp_path, monkeypatch):
+    folder = reward_model_folder(tmp_path / "rm")
+    begun = []
+    monkeypatch.setattr(
+        PolicyTrainer, "draw", lambda self, step, draw=PolicyTrainer.draw: begun.append(draw(self, step)) or begun[-1]
+    )
+    words = arguments(base, tmp_path, "--max_steps", "1", "--do_train")
+    at = words.index("--reward")
+    ppo_training.main(words[:at] + words[at + 2 :])  # the finished reward model in --outputs is found
+    record = json.loads((tmp_path / "ppo" / "run.json").read_text(encoding="utf-8"))
+    name = f"model:{folder}"
+    assert record["rewards"] == {name: 1.0}
+    [rollout] = begun
+    model = load_reward_model(folder)
+    conversations = [
+        [*sample.messages, {"role": "assistant", "content": sample.answer.content}] for sample in rollout.samples
+    ]
+    assert rollout.scores[name].tolist() == pytest.approx(model.score(conversations), abs=1e-5)
+    assert rollout.scores[name].std() > 0
+    hidden = AutoModelForCausalLM.from_pretrained(base).model
+    for place, sample in enumerate(rollout.samples):
+        prompt, answer = sample.prompt_ids, sample.answer.token_ids
+        with torch.no_grad():
+            states = hidden(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(rollout.values[place, : len(answer)], states @ model.head, atol=1e-5, rtol=0)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
@@ -429,10 +473,11 @@ def test_without_a_reward_the_finished_reward_model_is_looked_for(base, tmp_path
 def test_old_flags_say_the_same():
     from suwen.arguments import parse_stage_arguments
 
-    words = "--sft_model_path m --reward_model_path outputs/rm --response_length 64 --rloo_k 2".split()
+    words = "--sft_model_path m --reward_model_path outputs/rm --max_source_length 256 --response_length 64".split()
+    words += ["--rloo_k", "2"]
     args = parse_stage_arguments(words, "ppo", "", {}, PolicyArguments)
     assert args.model.model_name_or_path == "m" and args.own.reward == "model:outputs/rm=1.0"
-    assert (args.own.max_new_tokens, args.own.num_generations) == (64, 2)
+    assert (args.own.max_new_tokens, args.own.num_generations, args.data.max_length) == (64, 2, 320)
 
 
 def test_an_alarm_stops_the_run_and_says_why(base, tmp_path):
@@ -503,3 +548,23 @@ def test_settings_of_the_namespace_are_those_of_the_flags():
     flags = {f.name: f.default for f in dataclasses.fields(PolicyArguments) if f.name.startswith("alarm_")}
     assert flags == {f"alarm_{f.name}": f.default for f in dataclasses.fields(Limits)}
     assert SimpleNamespace(**flags).alarm_patience == 5
+
+
+@pytest.fixture(scope="module")
+def warmed_up(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learning")
+    files = reinforcement_benchmark.write_questions(folder / "questions")
+    reinforcement_benchmark.warm_up(files, folder / "warm_up", threads=1)
+    return folder, files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", reinforcement_benchmark.ALGORITHMS)
+def test_the_key_of_exam_questions_teaches_what_held_out_questions_ask(algorithm, warmed_up):
+    folder, files = warmed_up
+    found = reinforcement_benchmark.learn(algorithm, 1, 8, folder / "warm_up", files, folder / algorithm, threads=1)
+    test = compare_correct(found["before"], found["after"])
+    accuracy = sum(found["after"]) / len(found["after"])
+    assert test.value > 0 and test.p < 1e-3
+    assert accuracy > reinforcement_benchmark.constant_letter(files["held_out"]) + 0.1
+    assert abs(found["kl"]) < 3
