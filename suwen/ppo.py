@@ -34,7 +34,7 @@ from suwen.models import without_adapter, without_dropout
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
 from suwen.questions import ask
-from suwen.rewards import Sample, Weighted, critic_head
+from suwen.rewards import Sample, Weighted, critic_head, require_answer_keys
 from suwen.rollout_server import RolloutServer
 from suwen.rollouts import Rollout, describe_answers, describe_samples, draw_answers, put_rows, row_of
 
@@ -80,6 +80,7 @@ class PolicyTrainer:
                 f"--num_generations: found {self.group_size}, expected a divisor of {self.batch_size}, the answers of"
                 " an update (per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x processes)"
             )
+        require_answer_keys([*rewards, *held_out_rewards], train_dataset, eval_dataset)
         set_seed(args.seed)  # a new adapter begins with random numbers
         model = get_peft_model(model, peft_config) if peft_config is not None else model
         without_dropout(model)
@@ -275,7 +276,7 @@ class PolicyTrainer:
         count, rank, world = len(samples), self.args.process_index, self.args.world_size
         found = torch.zeros(3, *mask.shape, device=self.accelerator.device)
         self.policy.eval()
-        for group, batch in self.micro_batches(samples, list(range(rank, count, world)) or [count - 1]):
+        for group, batch in self.micro_batches(samples, list(range(rank, count, world))):
             actions = self.engine(**batch)
             for kind, flat in enumerate(actions):
                 put_rows(found[kind], group, mask, flat)
@@ -284,10 +285,10 @@ class PolicyTrainer:
 
     # An update
 
-    def total_scores(self, rollout: Rollout) -> torch.Tensor:
+    def total_scores(self, samples: Sequence[Sample], scores: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B,) weighted sum of the rewards, less the penalty where the answer did not end."""
-        total = sum((reward.weight * rollout.scores[reward.name] for reward in self.rewards), torch.zeros(()))
-        cut = torch.tensor([float(sample.answer.finish_reason != "stop") for sample in rollout.samples])
+        total = sum((reward.weight * scores[reward.name] for reward in self.rewards), torch.zeros(()))
+        cut = torch.tensor([float(sample.answer.finish_reason != "stop") for sample in samples])
         return total - self.settings.missing_eos_penalty * cut
 
     def estimator(self) -> str:
@@ -345,7 +346,7 @@ class PolicyTrainer:
         began = time.monotonic()
         rollout = self.draw(self.step)
         drawn = time.monotonic()
-        scores = self.total_scores(rollout)
+        scores = self.total_scores(rollout.samples, rollout.scores)
         advantages, returns = self.credit(rollout, scores)
         sums = torch.zeros(len(SUMS), device=self.accelerator.device)
         norms = []
@@ -417,9 +418,7 @@ class PolicyTrainer:
         questions = [self.ask_row(self.eval_dataset, i, "held out") for i in range(len(self.eval_dataset))]
         samples = self.answer(questions, 0.0, [0] * len(questions))
         scores = self.score(samples, self.rewards)
-        cut = torch.tensor([float(sample.answer.finish_reason != "stop") for sample in samples])
-        total = sum((reward.weight * scores[reward.name] for reward in self.rewards), torch.zeros(()))
-        total = total - self.settings.missing_eos_penalty * cut
+        total = self.total_scores(samples, scores)
         entry = {"eval_score": total.mean().item()}
         entry |= {f"eval_score/{name}": values.mean().item() for name, values in scores.items()}
         if self.held_out_rewards:

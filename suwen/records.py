@@ -74,7 +74,7 @@ PANELS = (
 PANELS_A_ROW = 5
 
 
-def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> None:
+def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str, step_name: str = "optimiser step") -> None:
     """Draw what the trainer logged, one panel a quantity; quantities that were not logged have no panel."""
     import matplotlib
 
@@ -101,7 +101,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> No
                 label = "held out" if evaluation else "training"
                 axis.plot(*zip(*points, strict=True), marker="o" if evaluation else "", label=label, linewidth=1.5)
         axis.set_title(name)
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel(step_name)
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()

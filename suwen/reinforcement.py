@@ -108,7 +108,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     record["finished"] = reason is None
     if main_process():
         shutil.rmtree(output / "rollout_adapters", ignore_errors=True)
-        draw_curves(trainer.history, output / "training_curves.png", f"{given.algorithm}: {start}")
+        draw_curves(trainer.history, output / "training_curves.png", f"{given.algorithm}: {start}", "update")
     stage.finish(trainer, record, output, "run.json")
     if reason:
         raise ValueError(reason)

@@ -95,12 +95,19 @@ def exam_reward(samples: Sequence[Sample], **_: int) -> list[float]:
 
 
 def key_of(sample: Sample) -> Item:
-    if sample.item is None:
-        raise ValueError(
-            "--reward exam: found a prompt without an answer key, expected exam questions alone in --train_file_dir:"
-            f" {sample.messages[-1]['content'][:60]!r}"
-        )
+    assert sample.item is not None, "see require_answer_keys"
     return sample.item
+
+
+def require_answer_keys(rewards: Sequence[Weighted], *datasets: Any) -> None:
+    """Refuse to score by an answer key where prompts have none, before the first answer is drawn."""
+    if any(reward.name == "exam" for reward in rewards):
+        for rows in datasets:
+            if rows is not None and (without := sum(not item for item in rows["item"])):
+                raise ValueError(
+                    f"--reward exam: found {without:,} of {len(rows):,} prompts without an answer key, expected exam"
+                    " questions alone"
+                )
 
 
 def format_reward(samples: Sequence[Sample], **_: int) -> list[float]:

@@ -171,6 +171,7 @@ def test_the_variables_become_flags(tree):
         ("run_dpo.sh", "preference", "dpo"),
         ("run_rm.sh", "preference", "rm"),
         ("run_orpo.sh", "preference", "orpo"),
+        ("run_ppo.sh", "preference", "ppo"),
     ],
 )
 def test_without_variables_the_data_of_the_project_and_no_model_is_named(tree, tmp_path, name, data, output):

@@ -122,7 +122,7 @@ def test_an_optimiser_step_is_that_of_a_plain_loop(algorithm, tmp_path):
     own = {"algorithm": algorithm, "num_mini_batches": 1, "entropy_coef": 0.01, "kl_coef": 0.1}
     trainer = build_trainer(tmp_path, own=own, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant")
     rollout = trainer.draw(0)
-    scores = trainer.total_scores(rollout)
+    scores = trainer.total_scores(rollout.samples, rollout.scores)
     with torch.no_grad():  # the policy has moved since it drew
         for name, parameter in trainer.policy.named_parameters():
             if parameter.requires_grad:
@@ -206,7 +206,7 @@ def test_answers_without_an_end_are_penalised(tmp_path):
     trainer = build_trainer(tmp_path, rewards=nothing, own={"missing_eos_penalty": 2.5})
     rollout = trainer.draw(0)
     cut = [sample.answer.finish_reason == "length" for sample in rollout.samples]
-    assert trainer.total_scores(rollout).tolist() == [-2.5 * c for c in cut] and any(cut)
+    assert trainer.total_scores(rollout.samples, rollout.scores).tolist() == [-2.5 * c for c in cut] and any(cut)
 
 
 class LargestTensor(TorchDispatchMode):

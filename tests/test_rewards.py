@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+from datasets import Dataset
 
 from suwen.alarms import repetition
 from suwen.arguments import REWARD_RULES, PolicyArguments, parse_rewards
@@ -23,6 +24,7 @@ from suwen.rewards import (
     load_rewards,
     message_of,
     prompt_room,
+    require_answer_keys,
 )
 
 ITEM = Item("首选哪种药？", "C", {"A": "青霉素", "B": "阿司匹林", "C": "硝酸甘油"}, False)
@@ -41,8 +43,10 @@ def test_the_exam_key_is_met_or_not():
     found = earned("exam", sample("答案：C"), sample("答案：A"), sample("硝酸甘油"), sample("不知道"))
     assert found == [1.0, 0.0, 1.0, 0.0]
     assert earned("exam", sample("答案：AC", item=several), sample("答案：A", item=several)) == [1.0, 0.0]
-    with pytest.raises(ValueError, match="without an answer key"):
-        earned("exam", sample("好", item=None))
+    rules = [Weighted("exam", 1.0, RULES["exam"])]
+    with pytest.raises(ValueError, match="found 1 of 2 prompts without an answer key"):
+        require_answer_keys(rules, Dataset.from_dict({"item": ["{}", ""]}))
+    require_answer_keys(rules, Dataset.from_dict({"item": ["{}"]}), None)
 
 
 def test_the_form_is_an_end_and_a_declared_choice():
