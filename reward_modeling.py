@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
     encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))
     data = prepare_data(args.data, "preference", PreferenceRows(encoder, length), args.run.output_dir)
+    if "margin" in data.train.column_names and not args.own.margin_scale:
+        stage.say("note: margins of the pairs are left aside; --margin_scale 1 asks for them")
 
     # Model: base weights, quantised if asked, adapters on top, and a head of one score
     defaults = {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Odds-ratio preference optimisation on pairs: SFT on the better answer and preference in one stage, without a reference. Goes on from outputs/sft.
+# ORPO on pairs: SFT on the better answer and preference in one stage, without a reference. Goes on from outputs/sft.
 #     DATA=data/preference bash run_orpo.sh --orpo_lambda 0.1
 # Any flag of orpo_training.py may follow and wins over the settings here; `bash run_orpo.sh --help` lists flags and variables.
 set -eu

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reward modelling on pairs: a model of its own learns to score answers, for PPO and for comparing models. Goes on from outputs/sft.
+# Reward modelling on pairs: a model learns to score answers, for PPO and for comparisons. Goes on from outputs/sft.
 #     DATA=data/preference bash run_rm.sh
 # Any flag of reward_modeling.py may follow and wins over the settings here; `bash run_rm.sh --help` lists flags and variables.
 set -eu

@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -161,6 +162,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attn_implementation}
     if reward:
         config = config or AutoConfig.from_pretrained(path)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"model {path!r}: model type {config.model_type!r} has no class with a head for scores")
         trained_head = has_reward_head(config)
         config.num_labels = 1
     else:
@@ -177,6 +180,8 @@ def load_base(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model {path!r}: {first_line(error)}") from None
+    if reward and not hasattr(model, "score"):
+        raise ValueError(f"model {path!r}: found a {type(model).__name__}, expected a decoder with a head for scores")
     if reward and not trained_head:
         init_reward_head(model.score)
     return model.to(device) if device and quantization == "none" else model

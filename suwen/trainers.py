@@ -353,6 +353,12 @@ class RewardTrainer(PackedTrainer):
         self.scored.append(self.accelerator.gather(self.accelerator.pad_across_processes(self.measured, pad_index=-1)))
         return output
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        if self.eval_dataset is not None and self.args.eval_strategy != "no" and self.held_out_scores is None:
+            self.evaluate()  # resumed at its last step: the evaluation there is known, but not its scores
+        return result
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.scored: list[torch.Tensor] = []
         output = super().evaluation_loop(dataloader, *args, **kwargs)

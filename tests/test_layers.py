@@ -16,7 +16,7 @@ LAYERS = [
     {"encoding", "packing", "preference", "metrics", "statistics", "head", "attention", "policy_gradient"},
     {"lineage", "rows"},
     {"models", "data", "retrieval.index"},
-    {"serving"},
+    {"serving", "reward", "alarms"},
     {"evaluate", "api.server", "ppo"},
     {"stage"},
     {"reinforcement"},

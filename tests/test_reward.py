@@ -16,6 +16,7 @@ from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
 from suwen import attention
+from suwen.architectures.baichuan import BaichuanConfig, BaichuanForCausalLM
 from suwen.arguments import RewardArguments
 from suwen.batches import collate_ends
 from suwen.encoding import ChatEncoder
@@ -140,8 +141,6 @@ def test_packing_batch_size_and_padding_side_do_not_change_a_score(base):
 
     def scores(batch) -> torch.Tensor:
         batch = {name: value for name, value in batch.items() if name not in ("margins", "numbers")}
-        if "num_pairs" in batch:
-            raise AssertionError("not for a model")
         with torch.no_grad():
             return model(**batch).scores
 
@@ -316,6 +315,25 @@ def test_a_reward_model_is_refused_where_answers_are_written(base, tmp_path):
         run_rm(base, tmp_path, "--eval_tasks", "exam")
 
 
+def test_a_reward_model_can_be_trained_further(base, tmp_path):
+    run_rm(base, tmp_path, "--max_steps", "2", "--learning_rate", "1e-2")
+    first = load_reward_model(str(tmp_path / "rm")).score(CONVERSATIONS)
+    flags = ["--output_dir", str(tmp_path / "next"), "--use_peft", "--max_steps", "1", "--learning_rate", "0"]
+    run_rm(str(tmp_path / "rm"), tmp_path, *flags)
+    assert load_reward_model(str(tmp_path / "next")).score(CONVERSATIONS) == pytest.approx(first, abs=1e-5)
+
+
+def test_a_run_resumed_at_its_end_still_reports_its_scores(base, tmp_path):
+    flags = ["--max_steps", "2", "--learning_rate", "1e-2"]
+    record = run_rm(base, tmp_path, *flags)
+    out = tmp_path / "rm"
+    report = (out / "score_report.json").read_text()
+    (out / "score_report.json").unlink()
+    (out / "run.json").write_text(json.dumps({**record, "finished": False}))
+    run_rm(base, tmp_path, *flags)
+    assert (out / "score_report.json").read_text() == report
+
+
 def test_a_conversation_that_cannot_be_scored_is_refused(base, tmp_path):
     run_rm(base, tmp_path, "--max_steps", "1")
     judge = load_reward_model(str(tmp_path / "rm"))
@@ -381,6 +399,15 @@ def test_faults_and_margins_of_rows_reach_the_report(base, tmp_path):
     report = json.loads((tmp_path / "rm" / "score_report.json").read_text())
     assert set(report["by_fault"]) <= {"wrong value", "omission"} and report["by_fault"]
     assert losses[1] > losses[0] + 1
+
+
+def test_a_family_without_such_a_head_is_refused(tmp_path):
+    config = BaichuanConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    BaichuanForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'baichuan' has no class with a head for scores"):
+        load_base(str(tmp_path), torch.float32, reward=True)
 
 
 def test_lora_targets_leave_the_head_to_itself(base):

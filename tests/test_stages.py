@@ -196,7 +196,8 @@ def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization
     history = json.loads((tmp_path / "dpo" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     # LLM.int8 has another kernel for inference than for training
     tolerance = 1e-5 if quantization == "4bit" else 1e-4
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=tolerance), "the reference is the adapter as it was"
+    first = next(entry["loss"] for entry in history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), abs=tolerance), "the reference is the adapter as it was"
     first, second = (load_file(tmp_path / stage / "adapter_model.safetensors") for stage in ("sft", "dpo"))
     assert first.keys() == second.keys()
     assert any((first[key] != second[key]).any() for key in first)
@@ -432,7 +433,7 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     distributed(stage, arguments(stage, base, two, *same, "--per_device_train_batch_size", "2"), two)
     start = load_file(Path(base) / "model.safetensors")
     first, second = (load_file(folder / stage / "model.safetensors") for folder in (one, two))
-    moved = max((first[key] - start[key]).abs().max().item() for key in first)
+    moved = max((first[key] - start[key]).abs().max().item() for key in first.keys() & start.keys())
     apart = max((first[key] - second[key]).abs().max().item() for key in first)
     assert apart < 0.001 * moved
     losses = [json.loads((f / stage / "run.json").read_text())["evaluation"]["eval_loss"] for f in (one, two)]
