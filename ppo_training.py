@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
 
     given = args.own
     library = parse_library_flags(args)
+    if library.get("neftune_noise_alpha"):
+        raise ValueError("--neftune_noise_alpha: noise would part the policy from what it drew; not with this stage")
     given.reward = rewards.find_rewards(given.reward, args.model.outputs)
     start, precision, length = stage.begin(args, library)
 

@@ -454,6 +454,7 @@ def test_partitioned_processes_are_one(stage, extra, base, tmp_path):
         (["--algorithm", "rloo", "--num_generations", "1"], "--num_generations: found 1"),
         (["--rollout_server", "http://127.0.0.1:1"], "add --use_peft True"),
         (["--temperature", "0"], "--temperature"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha"),
         (["--whiten_rewards"], "--whiten_rewards is not available"),
     ],
 )
