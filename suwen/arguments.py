@@ -123,6 +123,53 @@ class RewardArguments:
                 raise ValueError(f"--{name}: found {getattr(self, name)}, expected 0 or more")
 
 
+REWARD_RULES = ("exam", "format", "length", "repetition", "language")  # see `suwen.rewards`
+
+
+@dataclass
+class PolicyArguments:
+    algorithm: Literal["ppo", "rloo", "grpo"] = flag("ppo", "rloo and grpo have no critic and share the rest")
+    reward: str | None = flag(
+        None,
+        "what answers earn, with weights: exam, format, length, repetition, language, model:FOLDER; unset: the finished"
+        " reward model in --outputs",
+    )
+    held_out_reward: str | None = flag(
+        None, "the same form, measured at evaluations and never trained on; the run stops where it falls"
+    )
+    reward_quantization: Literal["none", "8bit", "4bit"] = flag("none", "how reward models are loaded")
+    num_generations: int | None = flag(None, "answers to each prompt of an update (ppo 1, rloo 4, grpo 8)")
+    max_new_tokens: int = flag(256, "tokens of an answer, at most; those that --max_length leaves are for the prompt")
+    temperature: float = flag(1.0, "of the answers that are trained on")
+    shuffle_options: bool = flag(True, "options of exam questions in a new order in each epoch")
+    num_ppo_epochs: int | None = flag(None, "passes over the answers of an update (ppo 4, rloo and grpo 1)")
+    num_mini_batches: int = flag(1, "optimiser steps in a pass")
+    kl_coef: float = flag(0.05, "penalty a nat between policy and reference; where it begins, with --target_kl")
+    target_kl: float | None = flag(
+        None, "nats an answer that the penalty is adapted to (Ziegler et al. 2019); unset: a fixed penalty"
+    )
+    kl_estimator: Literal["k1", "k3"] | None = flag(None, "of the KL at a token (ppo and rloo k1, grpo k3)")
+    cliprange: float = flag(0.2, "how far a token's probability ratio may move in an update")
+    cliprange_value: float = flag(0.2, "how far a value may move in an update")
+    vf_coef: float = flag(0.1, "weight of the critic's loss")
+    entropy_coef: float = flag(0.0, "weight of an entropy bonus")
+    gamma: float = flag(1.0, "discount a token")
+    lam: float = flag(0.95, "lambda of GAE")
+    whiten_advantages: bool = flag(True, "advantages of an update to mean 0 and variance 1, over all ranks")
+    missing_eos_penalty: float = flag(1.0, "taken from the score of an answer that did not end")
+    total_episodes: int | None = flag(None, "answers drawn in all, in the place of epochs")
+    generation_batch_size: int = flag(32, "answers that a process draws at once")
+    rollout_server: str | None = flag(
+        None, "OpenAI-compatible server that draws the answers and takes adapters while it runs (vLLM)"
+    )
+    alarm_kl: float = flag(30.0, "stop beyond so many nats an answer; 0 switches an alarm off")
+    alarm_entropy: float = flag(0.02, "stop where entropy falls below this share of its start without a gain in score")
+    alarm_length: float = flag(0.1, "stop where answers shrink below this share of their length at the start")
+    alarm_repetition: float = flag(0.3, "stop where the share of repeated 4-grams has risen by more")
+    alarm_truncation: float = flag(0.5, "stop where the share of answers without an end has risen by more")
+    alarm_patience: int = flag(5, "updates, or evaluations, that a sign must last")
+
+
 @dataclass
 class RunArguments:
     output_dir: str = flag("", "everything that the run leaves")
@@ -194,6 +241,10 @@ RENAMED = {
     "orpo_beta": "orpo_lambda",
     "center_rewards_coefficient": "centering",
     "validation_file": "validation_file_dir",
+    "sft_model_path": "model_name_or_path",
+    "response_length": "max_new_tokens",
+    "init_kl_coef": "kl_coef",
+    "rloo_k": "num_generations",
 }
 # Old switches that today's defaults already are: accepted with this value, refused with any other.
 SETTLED = {
@@ -225,6 +276,13 @@ REMOVED = {
     "precompute_ref_log_probs": "the reference is always computed once, before the first step",
     "padding_free": "rows are always computed without padding where the model can",
     "generate_during_eval": "not available",
+    "whiten_rewards": "advantages are whitened, --whiten_advantages; scores are not",
+    "stop_token": "an answer ends with the stop token of its template",
+    "num_sample_generations": "answers of each update are in samples.jsonl",
+    "value_model_path": "the critic stands on the policy's backbone and begins with the head of the reward model",
+    "local_rollout_forward_batch_size": "scoring is packed up to --max_length; see --generation_batch_size",
+    "normalize_advantage": "use --whiten_advantages",
+    "normalize_reward": "advantages are whitened, --whiten_advantages; scores are not",
     "label_pad_token_id": "labels are masked with -100 always",
     "tool_format": "tool calls are not part of this version",
     "fp16_opt_level": "removed from transformers; use --fp16",
@@ -271,6 +329,8 @@ def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda 
         if name in {"max_source_length", "max_target_length"}:
             try:
                 lengths += int(values[0])
+                if name == "max_source_length":  # PPO's launcher calls the other part of a row so
+                    lengths += int((dict(pairs).get("response_length") or ["0"])[0])
             except (IndexError, ValueError):
                 raise ValueError(
                     f"--{name}: found {' '.join(values) or 'nothing'}, expected a number of tokens"
@@ -285,6 +345,11 @@ def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda 
                 if not given & {"load_in_4bit", "load_in_8bit", "quantization"}:
                     raise ValueError("--qlora: name the width, --quantization 4bit or --quantization 8bit")
                 result += ["--use_peft", "True"]
+            continue
+        if name == "reward_model_path":
+            if "reward" in given:
+                raise ValueError("--reward_model_path and --reward: give --reward model:FOLDER=1.0 alone")
+            result += ["--reward", f"model:{' '.join(values)}=1.0"]
             continue
         if name == "overwrite_output_dir":
             result += ["--resume", "never"] if is_true(values) else []
@@ -416,6 +481,8 @@ def parse_stage_arguments(
     ours_alone = rest_of_them[0] if rest_of_them else None
     if isinstance(ours_alone, PreferenceArguments):
         check_preference(ours_alone)
+    if isinstance(ours_alone, PolicyArguments):
+        check_policy(ours_alone, lora)
     return StageArguments(stage, model, data, lora, run, ours_alone, rest, argv)
 
 
@@ -450,6 +517,58 @@ def check_preference(given: PreferenceArguments) -> None:
         raise ValueError(f"--label_smoothing: has no meaning for --loss_type {given.loss_type}")
     if given.sft_weight < 0:
         raise ValueError(f"--sft_weight: found {given.sft_weight}, expected 0 or more")
+
+
+def parse_rewards(text: str, flag: str = "--reward") -> list[tuple[str, float]]:
+    """ "exam=1.0,model:outputs/rm=0.5" as [("exam", 1.0), ("model:outputs/rm", 0.5)]; a weight left out is 1.
+
+    Raises:
+        ValueError: an unknown name, a weight that is no number, the same name twice, or nothing at all.
+    """
+    found: list[tuple[str, float]] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, weight = part.rpartition("=") if "=" in part else (part, "", "1")
+        if name not in REWARD_RULES and not (name.startswith("model:") and name != "model:"):
+            raise ValueError(f"{flag}: found {name!r}, expected {', '.join(REWARD_RULES)} or model:FOLDER")
+        try:
+            found.append((name, float(weight)))
+        except ValueError:
+            raise ValueError(f"{flag}: found {part!r}, expected a number behind the =") from None
+        if name in (other for other, _ in found[:-1]):
+            raise ValueError(f"{flag}: found {name} twice")
+    if not found:
+        raise ValueError(f"{flag}: found nothing, expected names with weights such as exam=1.0,format=0.2")
+    return found
+
+
+def check_policy(given: PolicyArguments, lora: LoraArguments) -> None:
+    for name in ("reward", "held_out_reward"):
+        if getattr(given, name) is not None:
+            parse_rewards(getattr(given, name), f"--{name}")
+    for name in ("num_generations", "num_ppo_epochs", "total_episodes", "target_kl"):
+        value = getattr(given, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name}: found {value}, expected more than 0")
+    for name in ("max_new_tokens", "num_mini_batches", "generation_batch_size", "alarm_patience"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name}: found {getattr(given, name)}, expected at least 1")
+    for name in ("temperature", "cliprange", "cliprange_value"):
+        if not getattr(given, name) > 0:
+            raise ValueError(f"--{name}: found {getattr(given, name)}, expected more than 0")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(given, name) <= 1:
+            raise ValueError(f"--{name}: found {getattr(given, name)}, expected 0 to 1")
+    for name in ("kl_coef", "vf_coef", "entropy_coef", "missing_eos_penalty"):
+        if getattr(given, name) < 0:
+            raise ValueError(f"--{name}: found {getattr(given, name)}, expected 0 or more")
+    if given.algorithm != "ppo" and given.num_generations == 1:
+        raise ValueError(f"--num_generations: found 1, expected at least 2 for --algorithm {given.algorithm}")
+    if given.algorithm == "grpo" and given.kl_estimator == "k1":
+        raise ValueError("--kl_estimator k1: says nothing as a part of GRPO's loss (its gradient is 0 on average)")
+    if given.target_kl and not given.kl_coef:
+        raise ValueError("--target_kl: adapts --kl_coef, which is 0; expected more than 0 to begin with")
+    if given.rollout_server and not lora.use_peft:
+        raise ValueError("--rollout_server: weights are handed over as an adapter, add --use_peft True")
 
 
 def parse_library_flags(args: StageArguments) -> dict[str, Any]:

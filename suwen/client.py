@@ -225,12 +225,18 @@ def read_reply(endpoint: Endpoint, response: httpx.Response) -> Reply:
 
 
 def complete_chats(
-    endpoint: Endpoint, conversations: Iterable[Sequence[dict]], **sampling: Any
+    endpoint: Endpoint,
+    conversations: Iterable[Sequence[dict]],
+    seeds: Sequence[int] | None = None,
+    **sampling: Any,
 ) -> Iterator[tuple[int, Reply]]:
     """Ask many at once; yields (place in `conversations`, reply) as replies come, the order is the server's.
 
     No more than twice `endpoint.concurrency` conversations are taken ahead. Closing the iterator, or an error of one
     request, cancels those not yet sent.
+
+    Args:
+        seeds: one for each conversation.
     """
     pending: dict[Future[Reply], int] = {}
     source = enumerate(conversations)
@@ -239,7 +245,8 @@ def complete_chats(
             while True:
                 while len(pending) < 2 * endpoint.concurrency and (following := next(source, None)) is not None:
                     index, messages = following
-                    pending[pool.submit(complete_chat, endpoint, client, messages, **sampling)] = index
+                    settings = sampling if seeds is None else {**sampling, "seed": seeds[index]}
+                    pending[pool.submit(complete_chat, endpoint, client, messages, **settings)] = index
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from suwen import readers
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
 from suwen.parallel import BATCH_ROWS, OF_SOME_PAIRS, ArrowFile, Encode, available_cores, build_batches, encode_all
+from suwen.questions import OPTION_KEYS, prompt_rows
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, prompt_hash, thin
 from suwen.tables import width
@@ -123,7 +124,8 @@ class Report:
 
 def _tokens_line(name: str, rows: int, tokens: int, trained: int) -> str:
     share = f"{trained / tokens:.1%}" if tokens else "0%"
-    return f"{name}: {rows:,} encoded rows, {tokens:,} tokens, {trained:,} of them trained ({share})"
+    line = f"{name}: {rows:,} encoded rows, {tokens:,} tokens"
+    return line + f", {trained:,} of them trained ({share})" if trained else line  # of prompts none is
 
 
 @dataclass
@@ -229,7 +231,12 @@ def _read_files(
                     keys_seen.update(value)
                     mapped += bool(mapping) and all(column in value for column in mapping.values())
                 try:
-                    for row in canonical_rows(value, schema, mapping, report.changes):
+                    found = (
+                        prompt_rows(value, mapping, report.changes)
+                        if schema == "prompt"
+                        else canonical_rows(value, schema, mapping, report.changes)
+                    )
+                    for row in found:
                         rows += 1
                         yield {**row, "where": where}
                     continue
@@ -243,6 +250,7 @@ def _read_files(
     if mapping and not mapped:
         raise ValueError(f"--columns {columns}: no row has these columns; found {', '.join(sorted(keys_seen))}")
     known = set(mapping.values()) if mapping else KNOWN_KEYS
+    known = known | OPTION_KEYS if schema == "prompt" else known
     aside = {key for key in keys_seen if key not in known and key.strip().lower() not in known}
     report.keys_left_aside = sorted({*report.keys_left_aside, *aside})
     if not rows:

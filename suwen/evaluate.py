@@ -170,7 +170,7 @@ def ask_endpoint(endpoint: Endpoint) -> Ask:
 
     def ask(conversations: dict[int, list[dict]], max_new_tokens: int) -> Answers:
         indices = list(conversations)
-        sampling = {"max_tokens": max_new_tokens, "temperature": 0}
+        sampling: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0}
         for place, reply in complete_chats(endpoint, conversations.values(), **sampling):
             row = {"response": reply.content, "finish_reason": reply.finish_reason, "tokens": reply.completion_tokens}
             yield indices[place], row | ({"reasoning": reply.reasoning} if reply.reasoning else {})

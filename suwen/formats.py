@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Any
 
-SCHEMAS = ("text", "conversation", "preference")
+SCHEMAS = ("text", "conversation", "preference", "prompt")  # prompt: see `suwen.questions.prompt_rows`
 COLUMN_NAMES = ("prompt", "response", "system", "text", "chosen", "rejected")
 ROLES = {
     **dict.fromkeys(("system",), "system"),
@@ -35,6 +35,7 @@ EXPECTED = {
     "Question/Complex_CoT/Response, dialogue-content, or --columns prompt=COLUMN,response=COLUMN",
     "preference": "a preference pair: conversations/chosen/rejected, question/response_chosen/response_rejected, "
     "prompt/chosen/rejected, or --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN",
+    "prompt": "a question: a conversation, a preference pair, an exam question with options, or a line of text",
 }
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 PACKED_TURN = re.compile(r"<(user|bot)>\s*[:：]")

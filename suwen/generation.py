@@ -333,11 +333,15 @@ def generate_many(
     settings: GenerationSettings,
     batch_size: int,
     notice: Callable[[str], None] = lambda line: None,
+    seeds: Mapping[int, int] | Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer any number of prompts in batches of like length, the longest first; yields (its key, answer).
 
     The longest first shows at once whether a batch fits into memory; one that does not is halved. What is drawn hangs
     on the key of a prompt alone, not on the batch it falls into.
+
+    Args:
+        seeds: by key; default `settings.seed` plus the key.
 
     Raises:
         ValueError: a prompt does not fit into memory, even alone.
@@ -346,9 +350,11 @@ def generate_many(
     size = batch_size
     while order:
         batch = order[:size]
-        seeds = [settings.seed + key for key in batch] if settings.seed is not None else None
+        chosen = [seeds[key] for key in batch] if seeds is not None else None
+        if chosen is None and settings.seed is not None:
+            chosen = [settings.seed + key for key in batch]
         try:
-            answers = generate_batch(model, encoder, [prompts[key] for key in batch], settings, seeds)
+            answers = generate_batch(model, encoder, [prompts[key] for key in batch], settings, chosen)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 tokens = len(prompts[batch[0]])

@@ -231,3 +231,33 @@ def score_by_module(
         checkpoint(piece, hidden[part], labels[part], use_reentrant=False) for part in chunks(len(labels), vocabulary)
     ] or [piece(hidden, labels)]
     return torch.cat([logps for logps, _ in found]), torch.cat([correct for _, correct in found])
+
+
+def score_actions(
+    model: Any, hidden: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, num_chunks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of labels (N,) after hidden states (N, H), and the entropy (N,) of what could have been said.
+
+    Both belong to the distribution that was drawn from: logits divided by `temperature`. Both can be differentiated;
+    logits are made again in the backward pass, chunk by chunk.
+
+    Args:
+        num_chunks: where ranks must call a partitioned head equally often (ZeRO-3), a number they agreed on.
+    """
+    head = model.get_output_embeddings()
+    scale, softcap = logit_settings(model.config.get_text_config())
+
+    def piece(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logps = (settle(head(rows), scale, softcap) / temperature).log_softmax(1)
+        return logps.gather(1, wanted[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+
+    num_chunks = num_chunks or count_chunks(model, len(labels))
+    pieces = zip(hidden.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True)
+    found = [checkpoint(piece, *parts, use_reentrant=False) for parts in pieces]
+    logps, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logps, entropy
+
+
+def count_chunks(model: Any, count: int) -> int:
+    """Pieces into which `count` rows of logits are cut, so that none is larger than CHUNK_ELEMENTS."""
+    return max(1, -(-count * model.config.get_text_config().vocab_size // CHUNK_ELEMENTS))

@@ -377,6 +377,13 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def without_dropout(model: Any) -> None:
+    """Switch dropout off, that of LoRA too: a policy is compared with its reference without noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def lora_config(lora: Any, model: Any, start: str) -> LoraConfig | None:
     """PEFT settings of a new adapter; None for full training, or where the model already carries the adapter.
 

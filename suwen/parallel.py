@@ -75,6 +75,8 @@ def _count_tokens(rows: list[Row]) -> tuple[int, int]:
         if "chosen_ids" in row:
             answers = len(row["chosen_ids"]) + len(row["rejected_ids"])
             tokens, trained = tokens + len(row["prompt_ids"]) + answers, trained + answers
+        elif "prompt_ids" in row:  # a prompt alone
+            tokens += len(row["prompt_ids"])
         else:
             labels: list[int] = row["labels"] if "labels" in row else row["input_ids"]
             tokens, trained = tokens + len(row["input_ids"]), trained + len(labels) - labels.count(IGNORE_INDEX)

@@ -85,6 +85,7 @@ def closing_lines(record: dict[str, Any], output: Path) -> list[str]:
         shown = {
             "eval_loss": "loss", "eval_perplexity": "perplexity", "eval_token_accuracy": "token accuracy",
             "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "reward margin",
+            "eval_score": "score", "eval_held_out_reward": "held-out reward",
             "eval_accuracy": "accuracy", "eval_margin": "margin", "eval_log_odds_ratio": "log odds ratio",
         }  # fmt: skip
         parts = [f"{name} {evaluation[key]:.4f}" for key, name in shown.items() if key in evaluation]

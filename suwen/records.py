@@ -57,15 +57,24 @@ PANELS = (
     ("token accuracy", ("token_accuracy", "eval_token_accuracy")),
     ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("score", ("score", "eval_score")),
+    ("KL to the reference, nats an answer", ("kl",)),
+    ("entropy, nats a token", ("entropy",)),
+    ("tokens an answer", ("length", "eval_length")),
+    ("answers without an end", ("truncation", "eval_truncation")),
+    ("clipped tokens", ("clip_fraction",)),
+    ("explained variance", ("explained_variance",)),
+    ("held-out reward", ("eval_held_out_reward",)),
     ("repetition", ("repetition",)),
     ("pair accuracy", ("accuracy", "eval_accuracy")),
     ("score margin", ("margin", "eval_margin")),
     ("log odds ratio", ("log_odds_ratio", "eval_log_odds_ratio")),
     ("learning rate", ("learning_rate",)),
 )
+PANELS_A_ROW = 5
 
 
-def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> None:
+def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str, step_name: str = "optimiser step") -> None:
     """Draw what the trainer logged, one panel a quantity; quantities that were not logged have no panel."""
     import matplotlib
 
@@ -79,8 +88,12 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> No
     panels = [panel for panel in panels if any(key in entry for entry in log_history for key in panel[1])]
     if not panels:
         return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
-    for axis, (name, keys) in zip(axes[0], panels, strict=True):
+    columns = min(len(panels), PANELS_A_ROW)
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, keys) in zip(axes.flat, panels, strict=False):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             if points:
@@ -88,7 +101,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str) -> No
                 label = "held out" if evaluation else "training"
                 axis.plot(*zip(*points, strict=True), marker="o" if evaluation else "", label=label, linewidth=1.5)
         axis.set_title(name)
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel(step_name)
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()

@@ -78,6 +78,25 @@ class PreferenceRows:
         return [{**pair, "thinking": carries_reasoning(row["chosen"]), **kept}], Counter()
 
 
+class PromptRows:
+    """Reinforcement learning: a prompt as served, and the answer key where there is one."""
+
+    def __init__(self, encoder: ChatEncoder, max_length: int) -> None:
+        """`max_length`: tokens of a prompt; the oldest exchanges are left out of a longer one."""
+        self.encoder, self.max_length = encoder, max_length
+        self.fingerprint = fingerprint(
+            encoder.tokenizer, kind="prompt", thinking=encoder.thinking, max_length=max_length
+        )
+
+    def __call__(self, row: dict[str, Any]) -> Encoded:
+        try:
+            ids = self.encoder.encode_prompt(row["messages"], max_length=self.max_length)
+        except ValueError:
+            return [], Counter({"question longer than --max_length less --max_new_tokens": 1})
+        messages = json.dumps(row["messages"], ensure_ascii=False)
+        return [{"prompt_ids": ids, "messages": messages, "item": row["item"]}], Counter()
+
+
 def rows_of_pair(pair: dict[str, list[int]]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """The prompt with the better answer, and with the worse one, as rows of ids and labels."""
     prompt = pair["prompt_ids"]

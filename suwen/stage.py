@@ -69,7 +69,8 @@ FREE_TO_CHANGE = {
     "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "report_to", "run_name", "num_proc",
     "cache_dir", "logging_dir", "logging_nan_inf_filter",
     "dataloader_num_workers", "disable_tqdm", "on_bad_rows", "max_eval_samples", "per_device_eval_batch_size",
-    "log_level",
+    "log_level", "held_out_reward", "generation_batch_size", "rollout_server", "alarm_kl", "alarm_entropy",
+    "alarm_length", "alarm_repetition", "alarm_truncation", "alarm_patience",
 }  # fmt: skip
 # The library's arguments, beside those in COMMON, that do.
 LEARNING = {

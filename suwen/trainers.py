@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import collate_ends, collate_pairs, collate_rows, pair_length
+from suwen.models import without_dropout
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
@@ -198,9 +199,7 @@ class PairTrainer(PackedTrainer):
         """`settings`: beta, loss_type, label_smoothing and sft_weight, see `suwen.preference.preference_loss`."""
         self.settings = settings
         super().__init__(**kwargs)
-        for module in self.model.modules():  # the policy is compared with its reference without noise
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(self.model)
 
     def num_items(self, batch: dict[str, Any]) -> int:
         return batch["num_pairs"]

@@ -167,7 +167,14 @@ def test_beta_follows_the_loss_unless_it_is_given():
 
 @pytest.mark.parametrize(
     "script",
-    ["pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py", "orpo_training.py"],
+    [
+        "pretraining.py",
+        "supervised_finetuning.py",
+        "dpo_training.py",
+        "reward_modeling.py",
+        "orpo_training.py",
+        "ppo_training.py",
+    ],
 )
 def test_help_needs_nothing_but_the_standard_library(script):
     began = time.monotonic()

@@ -19,7 +19,7 @@ import pytest
 from suwen.check_environment import Gpu, fitting_index, read_pins, select_visible
 
 ROOT = Path(__file__).parents[1]
-STAGE_LAUNCHERS = ("run_pt.sh", "run_sft.sh", "run_dpo.sh", "run_rm.sh", "run_orpo.sh")
+STAGE_LAUNCHERS = ("run_pt.sh", "run_sft.sh", "run_dpo.sh", "run_rm.sh", "run_orpo.sh", "run_ppo.sh")
 LAUNCHERS = (*STAGE_LAUNCHERS, "run_pipeline.sh", "run_tests.sh")
 # sh is dash on Debian and Ubuntu, bash on others
 SHELLS = sorted({os.path.realpath(path) for path in map(shutil.which, ("sh", "dash", "bash")) if path})
@@ -41,7 +41,14 @@ def tree(tmp_path) -> Path:
         shutil.copy(ROOT / "suwen" / name, folder / "suwen")
     for name in (*LAUNCHERS, "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("pretraining", "supervised_finetuning", "dpo_training", "reward_modeling", "orpo_training"):
+    for name in (
+        "pretraining",
+        "supervised_finetuning",
+        "dpo_training",
+        "reward_modeling",
+        "orpo_training",
+        "ppo_training",
+    ):
         (folder / f"{name}.py").write_text(STUB)
     return folder
 
@@ -164,6 +171,7 @@ def test_the_variables_become_flags(tree):
         ("run_dpo.sh", "preference", "dpo"),
         ("run_rm.sh", "preference", "rm"),
         ("run_orpo.sh", "preference", "orpo"),
+        ("run_ppo.sh", "preference", "ppo"),
     ],
 )
 def test_without_variables_the_data_of_the_project_and_no_model_is_named(tree, tmp_path, name, data, output):

@@ -13,12 +13,13 @@ SCRIPTS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") i
 LAYERS = [
     {"template"},
     {"arguments", "formats", "readers"},
-    {"encoding", "packing", "preference", "metrics", "statistics", "head", "attention"},
+    {"encoding", "packing", "preference", "metrics", "statistics", "head", "attention", "policy_gradient"},
     {"lineage", "rows"},
     {"models", "data", "retrieval.index"},
     {"serving", "reward", "alarms"},
-    {"evaluate", "api.server"},
+    {"evaluate", "api.server", "ppo"},
     {"stage"},
+    {"reinforcement"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

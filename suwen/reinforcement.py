@@ -1,0 +1,296 @@
+"""A stage of reinforcement learning from its first rollout to its result: log, evaluations, alarms, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from suwen import stage
+from suwen.arguments import StageArguments
+from suwen.checkpoint import checkpoint_step, list_checkpoints
+from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
+from suwen.policy_alarms import Limits, find_alarm
+from suwen.ppo import PolicyTrainer
+from suwen.progress import main_process, say
+from suwen.records import draw_curves, write_json
+
+if TYPE_CHECKING:
+    from suwen.data import PreparedData
+
+STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
+TRAINED, OPTIMIZER = "trained.safetensors", "optimizer.safetensors"
+# What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.
+SHOWN = {
+    "score": "score", "kl": "KL", "entropy": "entropy", "length": "tokens", "truncation": "cut",
+    "explained_variance": "explained", "clip_fraction": "clipped", "eval_score": "held-out score",
+    "eval_held_out_reward": "held-out reward", "eval_length": "tokens", "eval_truncation": "cut",
+}  # fmt: skip
+
+
+def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start: str) -> dict[str, Any]:
+    """Announce, resume, train, evaluate and save, as `suwen.stage.run_stage` does for the other stages.
+
+    Where an alarm stops the run, the weights of the best evaluation are saved, and the record says why.
+
+    Returns:
+        The content of run.json; without training, of evaluation.json.
+
+    Raises:
+        ValueError: an alarm, after everything is saved.
+    """
+    config, output = trainer.args, Path(args.run.output_dir)
+    given = args.own
+    record = stage.describe_run(trainer, args, data, start, {"rewards": {r.name: r.weight for r in trainer.rewards}})
+    example = trainer.ask_row(data.train, 0, 0)
+    say(
+        *data.report.lines(),
+        "example prompt:",
+        trainer.processing_class.decode(example[2]),
+        f"{given.algorithm}: {trainer.planned_updates()} updates, each of {trainer.batch_size} answers to "
+        f"{trainer.num_prompts} prompts and {trainer.steps_an_update} optimiser steps",
+        f"training {record['trained_parameters']:,} of {record['parameters']:,} parameters in "
+        f"{'/'.join(record['trained_dtype'])} on {config.world_size} x {config.device.type}",
+    )
+    if not config.do_train:
+        record["evaluation"] = trainer.evaluate()
+        write_lines(output / "held_out_answers.jsonl", trainer.last_evaluation)
+        stage.finish(trainer, record, output, "evaluation.json")
+        return record
+    checkpoint = stage.resume_from(args, record["identity"], output)
+    earlier = read_json(output / "run.json")
+    if args.run.resume == "auto" and earlier.get("finished") and earlier.get("identity") == record["identity"]:
+        say("this very run has finished already: nothing is trained again (--resume never starts anew)")
+        stage.finish(trainer, earlier, output)
+        return earlier
+    if main_process():
+        write_json(output / "run.json", record)
+    if checkpoint:
+        load_checkpoint(trainer, checkpoint)
+    forget_lines_after(output, trainer.step if checkpoint else -1)
+    limits = Limits(**{name.removeprefix("alarm_"): value for name, value in vars(given).items() if "alarm_" in name})
+    trainer.accelerator.init_trackers(args.stage)
+    seen, began = trainer.tokens_seen, trainer.step
+    reason = train(trainer, output, limits)
+    for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
+        tracker.finish()
+    updates = [entry for entry in trainer.history if "kl" in entry]
+    seconds = sum(e["rollout_seconds"] + e["update_seconds"] for e in updates if e["step"] > began)
+    record["training"] = {
+        "steps": trainer.step,
+        "loss": updates[-1]["loss"] if updates else 0.0,
+        "kl": updates[-1]["kl"] if updates else 0.0,
+        "tokens": trainer.tokens_seen,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round((trainer.tokens_seen - seen) / max(seconds, 1e-9), 1),
+        "resumed_from": str(checkpoint) if checkpoint else None,
+    }
+    best = best_evaluation(trainer.history)
+    if best:
+        record["best"] = best
+        record["evaluation"] = [entry for entry in trainer.history if "eval_score" in entry][-1]
+    keeps = True
+    if reason:
+        keeps, what = settle_on_best(trainer, output, best)
+        record["stopped"] = reason = f"{reason}. {what}"
+    if keeps:
+        stage.require_finite_weights(trainer)
+        stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
+    adapter = output / ADAPTER_WEIGHTS
+    record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
+    record["finished"] = reason is None
+    if main_process():
+        shutil.rmtree(output / "rollout_adapters", ignore_errors=True)
+        draw_curves(trainer.history, output / "training_curves.png", f"{given.algorithm}: {start}", "update")
+    stage.finish(trainer, record, output, "run.json")
+    if reason:
+        raise ValueError(reason)
+    if args.run.eval_tasks and main_process():
+        stage.evaluate_result(trainer, args, output, start)
+    return record
+
+
+def train(trainer: PolicyTrainer, output: Path, limits: Limits) -> str | None:
+    """Updates to the last one, or until an alarm, whose reason is returned."""
+    config, total = trainer.args, trainer.planned_updates()
+    evaluates = trainer.eval_dataset is not None and config.eval_strategy != "no"
+    if evaluates and not trainer.history:
+        evaluate(trainer, output, total)
+    with tqdm(
+        total=total, initial=trainer.step, desc="updates", disable=config.disable_tqdm or not main_process()
+    ) as bar:
+        while trainer.step < total:
+            entry = trainer.update()
+            trainer.history.append({**entry, "step": trainer.step})
+            bar.update()
+            last = trainer.step == total
+            if trainer.step % max(1, int(config.logging_steps)) == 0 or last:
+                log(trainer, trainer.history[-1], total)
+                write_lines(output / "samples.jsonl", trainer.last_samples)
+            improved = False
+            if evaluates and (last or trainer.step % max(1, int(config.eval_steps or total)) == 0):
+                evaluate(trainer, output, total)
+                improved = (best_evaluation(trainer.history) or {}).get("step") == trainer.step
+            # An alarm comes first: a checkpoint of what it is about would be resumed
+            if reason := find_alarm(trainer.history, limits):
+                return f"stopped at update {trainer.step}: {reason}"
+            regular = config.save_strategy != "no" and trainer.step % max(1, int(config.save_steps)) == 0
+            if improved or regular:
+                save_checkpoint(trainer, output)
+    return None
+
+
+def evaluate(trainer: PolicyTrainer, output: Path, total: int) -> None:
+    trainer.history.append({**trainer.evaluate(), "step": trainer.step})
+    log(trainer, trainer.history[-1], total)
+    write_lines(output / "held_out_answers.jsonl", trainer.last_evaluation)
+
+
+def log(trainer: PolicyTrainer, entry: dict[str, Any], total: int) -> None:
+    trainer.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=trainer.step)
+    if main_process():
+        parts = [f"{name} {entry[key]:.4g}" for key, name in SHOWN.items() if key in entry]
+        tqdm.write(f"update {trainer.step}/{total}  " + "  ".join(parts), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def best_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Update and score of the best evaluation, by the held-out reward where there is one; of equals the first."""
+    found = [entry for entry in history if "eval_score" in entry]
+    if not found:
+        return None
+    name = "eval_held_out_reward" if "eval_held_out_reward" in found[0] else "eval_score"
+    best = max(found, key=lambda entry: entry[name])
+    return {"step": best["step"], "by": name, "value": best[name]}
+
+
+def settle_on_best(trainer: PolicyTrainer, output: Path, best: dict[str, Any] | None) -> tuple[bool, str]:
+    """Put the best evaluation's weights in place of those that an alarm is about.
+
+    Without evaluations the newest checkpoint is taken for it. Returns whether there is something to save, and what.
+    """
+    trainer.accelerator.wait_for_everyone()
+    saved = [path for path in list_checkpoints(output) if not best or checkpoint_step(path) == best["step"]]
+    if not saved:
+        return False, "No weights are saved: " + ("the start was best" if best else "there is no checkpoint before it")
+    history = trainer.history  # what led to the alarm stays in the curves
+    load_checkpoint(trainer, saved[-1])
+    trainer.history = history
+    return True, f"The weights saved are those of {saved[-1].name}" + (", the best evaluation" if best else "")
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    if main_process():
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def forget_lines_after(output: Path, step: int) -> None:
+    """Drop what was written down after the update that a run goes on from; it will be written again."""
+    for file in (output / "samples.jsonl", output / "held_out_answers.jsonl"):
+        if main_process() and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            file.write_text("".join(kept), encoding="utf-8")
+
+
+# Checkpoints
+
+
+def save_checkpoint(trainer: PolicyTrainer, output: Path) -> None:
+    """Everything that decides the next updates, in a folder that is renamed when it is whole; every rank takes part.
+
+    Trained weights with the critic, optimiser, place in the schedule and in the data, KL coefficient and history.
+    There is no random state: see `suwen.ppo`.
+    """
+    target = output / f"checkpoint-{trainer.step}"
+    unfinished = output / f".{target.name}.unfinished"
+    if main_process():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        trainer.engine.save_checkpoint(
+            str(unfinished), tag=f"global_step{trainer.step}", exclude_frozen_parameters=True
+        )
+    elif main_process():
+        save_file(trained_weights(trainer), unfinished / TRAINED)
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, float] = {}
+        for place, values in trainer.raw_optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                key = f"{place}.{name}"
+                if isinstance(value, torch.Tensor):
+                    tensors[key] = value.contiguous()
+                else:
+                    numbers[key] = value
+        save_file(tensors, unfinished / OPTIMIZER)
+        write_json(unfinished / "optimizer.json", numbers)
+    trainer.accelerator.wait_for_everyone()
+    if main_process():
+        scaler = trainer.accelerator.scaler
+        write_json(
+            unfinished / STATE,
+            {
+                "global_step": trainer.step,
+                "num_input_tokens_seen": trainer.tokens_seen,
+                "kl_coefficient": trainer.kl_coefficient,
+                "learning_rates": trainer.scheduler.get_last_lr(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "log_history": trainer.history,
+            },
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(unfinished, target)
+        limit, best = trainer.args.save_total_limit, (best_evaluation(trainer.history) or {}).get("step")
+        old = [path for path in list_checkpoints(output) if checkpoint_step(path) != best]
+        for path in old[: -limit if limit else 0]:
+            shutil.rmtree(path)
+    trainer.accelerator.wait_for_everyone()
+
+
+def trained_weights(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
+    """Each trained tensor once, under its first name."""
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in trainer.policy.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_checkpoint(trainer: PolicyTrainer, checkpoint: Path) -> None:
+    """Go on from `checkpoint`; every rank takes part."""
+    state = read_json(checkpoint / STATE)
+    if trainer.is_deepspeed_enabled:
+        trainer.engine.load_checkpoint(
+            str(checkpoint), tag=f"global_step{state['global_step']}", load_module_strict=False
+        )
+    else:
+        weights = load_file(checkpoint / TRAINED)
+        with torch.no_grad():
+            for name, parameter in trainer.policy.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+        moments: dict[int, dict[str, Any]] = {}
+        for key, value in {**load_file(checkpoint / OPTIMIZER), **read_json(checkpoint / "optimizer.json")}.items():
+            place, _, name = key.partition(".")
+            moments.setdefault(int(place), {})[name] = value
+        groups = trainer.raw_optimizer.state_dict()["param_groups"]
+        trainer.raw_optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    trainer.step, trainer.history = state["global_step"], state["log_history"]
+    trainer.tokens_seen, trainer.kl_coefficient = state["num_input_tokens_seen"], state["kl_coefficient"]
+    if state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    schedule = trainer.scheduler
+    schedule.last_epoch = trainer.step * trainer.steps_an_update
+    schedule._step_count = schedule.last_epoch + 1
+    schedule._last_lr = state["learning_rates"]
+    for group, rate in zip(trainer.raw_optimizer.param_groups, state["learning_rates"], strict=True):
+        group["lr"] = rate
