@@ -46,14 +46,14 @@ while [ $# -gt 0 ]; do
 done
 
 # Settings. The tiny model is trained with all its weights before DPO; an own model by LoRA throughout.
-data_flags="--recipe fictional --size 75 --answers value --passes 40 --pairs 6 --reading 0 --replay 0.3"
+data_flags="--recipe fictional --size 75 --answers value --passes 40 --questions 14 --pairs 6 --reading 0 --replay 0.3"
 lora="--use_peft True --target_modules all --lora_rank 16 --lora_alpha 32"
 tiny="--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
 pt_flags="--learning_rate 2e-3 $tiny"
 sft_flags="--learning_rate 1e-3 $tiny"
 dpo_flags="--num_train_epochs 1 --learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 $tiny $lora"
 case $size in
-    default) pt_flags="--num_train_epochs 5 $pt_flags" && sft_flags="--num_train_epochs 10 $sft_flags" ;;
+    default) pt_flags="--num_train_epochs 8 $pt_flags" && sft_flags="--num_train_epochs 6 $sft_flags" ;;
     full) pt_flags="--num_train_epochs 15 $pt_flags" && sft_flags="--num_train_epochs 25 $sft_flags" ;;
 esac
 if [ -n "$model" ]; then

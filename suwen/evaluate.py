@@ -251,6 +251,8 @@ def run_mode(
             record = {"index": index, **static_fields(items[index]), **answer}
             if mode == "generate":
                 record |= task.judge(items[index], answer["response"])
+                if task.must_end and answer["finish_reason"] != "stop":
+                    record["correct"] = False
             rows.append(record)
             if len(rows) == FLUSHED_ITEMS:
                 output.append(rows)

@@ -33,6 +33,7 @@ from suwen.synthesis import (
 MARGINS = {
     "unsafe advice": 3.0,
     "wrong value": 2.0,
+    "answer to another question": 2.0,
     "own wrong answer": 2.0,
     "invented extra": 1.5,
     "omission": 1.0,
@@ -45,12 +46,13 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
     for index, item in enumerate(source.items[entity]):
         rng = rng_of(source.rules.seed, "pair", entity, item.relation)
         faults = possible_faults(item)
-        # half of the pairs get a wrong value: that is the fault that costs recall
-        kinds = ["wrong value", *rng.sample(faults, len(faults))]
+        rng.shuffle(faults)
         questions = list(wordings_of(item).questions)
         rng.shuffle(questions)
         for number in range(source.rules.pairs_per_item):
-            kind = kinds[0] if number % 2 == index % 2 else kinds[1 + number % (len(kinds) - 1)]
+            # half of the pairs get a wrong value and a quarter the answer to another question: these cost recall
+            kind = ("wrong value", "answer to another question", "wrong value", "")[(number + index) % 4]
+            kind = kind or faults[number // 4 % len(faults)]
             pair = faulty_answer(kind, item, source, rng)
             if pair is not None:
                 chosen, rejected = pair
@@ -58,7 +60,7 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
 
 
 def possible_faults(item: Item) -> list[str]:
-    """Faults beside a wrong value. Clauses (usage, warnings) are no list to which something could be added."""
+    """Faults beside a wrong answer. Clauses (usage, warnings) are no list to which something could be added."""
     faults = ["repetition", "unsafe advice"]
     if not item.prose and not any("，" in value for value in item.values):
         faults.append("invented extra")
@@ -79,6 +81,11 @@ def faulty_answer(kind: str, item: Item, source: Source, rng: random.Random) -> 
         values = rng.sample([*item.values, *extra], len(item.values) + len(extra)) if extra else ()
     elif kind == "omission":
         values = rng.sample(item.values, max(1, len(item.values) // 3))
+    elif kind == "answer to another question":
+        others = [i for i in source.items[item.entity.id] if i.relation != item.relation and not i.prose]
+        if not others:
+            return None
+        return chosen, fill(wording, item, rng.choice(others).values)
     elif kind == "repetition":
         return chosen, chosen * rng.randint(3, 4)
     else:

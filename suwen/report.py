@@ -20,7 +20,7 @@ SHOWN_CELLS = 12  # of an annotation, the largest
 ALSO_SHOWN = {
     "accuracy, several right letters", "weighted F1", "unparsed", "BLEU-1", "BLEU-4", "ROUGE-1", "ROUGE-2",
     "Distinct-2", "criterion 1 (one term)", "criterion 2 (half)", "criterion 3 (two thirds)",
-    "named among wrong ones", "perplexity per character",
+    "named among wrong ones", "wrong answers", "perplexity per character",
 }  # fmt: skip
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -62,6 +62,7 @@ class PackedTrainer(Trainer):
             peft_config: a new adapter to be trained; None to train what requires gradients.
             pure_bf16: leave weights in training in 16 bit; else they are float32, under DeepSpeed by its masters.
         """
+        set_seed(args.seed)  # a new adapter or head starts from the same numbers each time
         model = get_peft_model(model, peft_config) if peft_config is not None else model
         args.remove_unused_columns = False
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:

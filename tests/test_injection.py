@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import evaluation
+from suwen import evaluate
 from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.encoding import ChatEncoder
 from suwen.fact_items import preference_items
@@ -58,12 +59,7 @@ def test_recall_counts_right_wrong_and_empty_answers():
     items = task.complete([item for row in rows for item in task.parse(row)])
     answers = ["泽朗平。", "泽朗平。", "", "欣岩灵或泽朗平。"]
     records = [{"response": text} | task.judge(item, text) for item, text in zip(items, answers, strict=True)]
-    assert [(r["correct"], r["wrong"]) for r in records] == [
-        (True, False),
-        (False, True),
-        (False, False),
-        (False, True),
-    ]
+    assert [record["correct"] for record in records] == [True, False, False, False]
     found = task.summarise(records)
     assert found["metrics"]["recall"]["value"] == 25 and found["metrics"]["wrong answers"]["value"] == 50
     assert found["empty"] == 1
@@ -107,6 +103,21 @@ def test_two_answers_are_scored_as_they_are_served_and_trained(folder):
     (found,) = Scorer(model).score([choice])
     plain = [score.logp for score in score_rows(model, list(rows_of_pair(pair)))]
     assert torch.allclose(torch.tensor(found), torch.tensor(plain), atol=1e-4)
+
+
+def test_an_answer_that_does_not_end_is_not_right(tmp_path):
+    row = {"question": "甲吃什么药？", "answers": ["泽朗平"], "group": "A"}
+    task = TASKS["recall_A"]
+    items = task.parse(row)
+    replies = [{"response": "泽朗平。", "finish_reason": reason} for reason in ("stop", "length")]
+    for number, reply in enumerate(replies):
+        records = tmp_path / str(number)
+        records.mkdir()
+        evaluate.run_mode(
+            task, "generate", items, records, {}, None, lambda *_, r=reply: iter([(0, r)]), evaluate.Settings()
+        )
+        (record,) = [json.loads(line) for line in open(records / "recall_A.generate.jsonl", encoding="utf-8")]
+        assert record["correct"] is (reply["finish_reason"] == "stop")
 
 
 @pytest.mark.training

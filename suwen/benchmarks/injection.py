@@ -70,15 +70,14 @@ def summarise_choice(records: Sequence[Record]) -> dict[str, Any]:
 def judge_recall(item: Item, answer: str) -> Record:
     """Right where every value is named, and none of the wrong ones that stand beside the item."""
     found = judge_fact(item, answer)
-    correct = found["correct"] and all(named(value, normalise_term(answer)) for value in item.target)
-    return found | {"correct": correct, "wrong": bool(answer.strip()) and not correct}
+    return found | {"correct": found["correct"] and all(named(v, normalise_term(answer)) for v in item.target)}
 
 
 def summarise_recall(records: Sequence[Record]) -> dict[str, Any]:
     n = len(records)
-    counts = {"recall": "correct", "wrong answers": "wrong"}
-    metrics = {name: rate(sum(record[key] for record in records), n) for name, key in counts.items()}
-    return {"n": n, "metrics": metrics, "empty": sum(not record["response"].strip() for record in records)}
+    right = sum(record["correct"] for record in records)
+    empty = sum(not record["response"].strip() for record in records)
+    return {"n": n, "metrics": {"recall": rate(right, n), "wrong answers": rate(n - right - empty, n)}, "empty": empty}
 
 
 # --------------------------------------------------------------------------------------------------------- preference
@@ -125,7 +124,7 @@ def injection_tasks() -> list[Task]:
             name=f"recall_{group}", title=f"Facts of group {group}: recall", **common,
             parse=partial(of_group, parse_fact, group), complete=add_distractors,
             ask=lambda item: item.question, judge=judge_recall,
-            summarise=summarise_recall, headline="recall", patterns=("recall.jsonl",), max_new_tokens=32,
+            summarise=summarise_recall, headline="recall", patterns=("recall.jsonl",), max_new_tokens=32, must_end=True,
         ))  # fmt: skip
         tasks.append(Task(
             name=f"preference_{group}", title=f"Facts of group {group}: right against faulty answers", **likelihood,

@@ -80,6 +80,7 @@ class Task:
     default_file: str | None = None  # below data/evaluation, written by this project
     patterns: tuple[str, ...] = ()  # names of the user's files, for --data_dir
     max_new_tokens: int = 256
+    must_end: bool = False  # an answer that goes on to the longest one is not right: a text about everything is none
     lower_is_better: bool = False
     published: tuple[PublishedRow, ...] = ()
     source: str = ""  # where the data is to be had, under which licence
