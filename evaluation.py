@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--compare", nargs="+", metavar="DIR", help="compare evaluations, in this order; asks no model")
     group = parser.add_argument_group("answers")
-    group.add_argument("--batch_size", type=int, default=8, metavar="N", help="answers written at once (default: 8)")
+    group.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers written at once (default: 32)")
     group.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer (default: each task's own)")
     group.add_argument("--system_prompt", default="", metavar="TEXT", help="system prompt (default: none)")
     group.add_argument(

@@ -53,7 +53,7 @@ pt_flags="--learning_rate 2e-3 $tiny"
 sft_flags="--learning_rate 1e-3 $tiny"
 dpo_flags="--num_train_epochs 1 --learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 $tiny $lora"
 case $size in
-    default) pt_flags="--num_train_epochs 8 $pt_flags" && sft_flags="--num_train_epochs 6 $sft_flags" ;;
+    default) pt_flags="--num_train_epochs 5 $pt_flags" && sft_flags="--num_train_epochs 3 $sft_flags" ;;
     full) pt_flags="--num_train_epochs 15 $pt_flags" && sft_flags="--num_train_epochs 25 $sft_flags" ;;
 esac
 if [ -n "$model" ]; then

@@ -48,7 +48,7 @@ class Settings:
     modes: tuple[str, ...] = ("likelihood", "generate")
     max_samples: int | None = None
     max_new_tokens: int | None = None  # None: each task's own
-    batch_size: int = 8
+    batch_size: int = 32
     system_prompt: str = ""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from suwen.benchmarks import OWN_TASKS, TASKS, cmexam_official
+from suwen.benchmarks import TASK_SETS, TASKS, cmexam_official
 from suwen.benchmarks.choice import (
     choice_candidates,
     letter_sets,
@@ -233,7 +233,7 @@ def test_a_fact_is_recalled_only_if_no_wrong_one_is_named_beside_it():
     assert add_distractors(items)[0] == item  # drawn by the item's id
 
 
-@pytest.mark.parametrize("name", OWN_TASKS)
+@pytest.mark.parametrize("name", TASK_SETS["own"])
 def test_our_own_sets_are_read_whole(name):
     task = TASKS[name]
     found = read_items(task, [OWN_DATA / (task.default_file or "")])

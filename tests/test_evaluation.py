@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import evaluation
 from suwen import evaluate
-from suwen.benchmarks import TASKS
+from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.client import Endpoint
 from suwen.comparison import compare_runs, summarise_run
 from suwen.encoding import ChatEncoder
@@ -162,7 +162,7 @@ def test_a_model_is_evaluated_on_all_own_tasks_and_the_report_stands_alone(model
     printed = capsys.readouterr().out
     assert "s for 1,000" in printed and "exam" in printed
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert set(results["tasks"]) == set(evaluate.OWN_TASKS)
+    assert set(results["tasks"]) == set(TASK_SETS["own"])
     for name, entry in results["tasks"].items():
         assert set(entry["modes"]) == set(TASKS[name].modes)
         for mode, summary in entry["modes"].items():
@@ -183,7 +183,9 @@ def test_a_model_is_evaluated_on_all_own_tasks_and_the_report_stands_alone(model
     shutil.copytree(out, tmp_path / "two" / "eval")
     evaluation.main(["--compare", str(out), str(tmp_path / "two" / "eval"), "--output_dir", str(tmp_path / "both")])
     printed = capsys.readouterr().out
-    assert "one -> two" in printed and "better" not in printed and "worse" not in printed
+    overview, pairs = printed.split("one -> two")
+    assert "better" not in pairs and "worse" not in pairs and " same\n" in pairs
+    assert overview.splitlines()[0].split() == ["task", "mode", "score", "one", "two"] and " + " not in overview[:-100]
     page = Page()
     page.feed((tmp_path / "both" / "comparison.html").read_text(encoding="utf-8"))
     assert not page.open and not page.loads

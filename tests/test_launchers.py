@@ -27,7 +27,8 @@ STUB = """
 import json, os, sys
 names = ["RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR", "ACCELERATE_USE_CPU"]
 values = {name: os.environ.get(name) for name in names}
-print(json.dumps({"argv": sys.argv[1:], "pid": os.getpid(), **values}), flush=True)
+line = json.dumps({"argv": sys.argv[1:], "pid": os.getpid(), **values})
+os.write(1, f"{line}\\n".encode())  # at once: two processes write to one pipe
 """
 
 

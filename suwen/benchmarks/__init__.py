@@ -9,6 +9,8 @@ from suwen.benchmarks.injection import INJECTION
 from suwen.benchmarks.terms import TERMS
 
 TASKS = {task.name: task for task in (*EXAMS, CMEXAM_OFFICIAL, *TEXTS, *TERMS, FACTS, *INJECTION, GENERAL_TEXT)}
-OWN_TASKS = tuple(name for name, task in TASKS.items() if task.default_file)
 # Names that stand for several tasks
-TASK_SETS = {"own": OWN_TASKS, "injection": tuple(task.name for task in INJECTION)}
+TASK_SETS = {
+    "own": tuple(name for name, task in TASKS.items() if task.default_file),
+    "injection": tuple(task.name for task in INJECTION),
+}
