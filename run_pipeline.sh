@@ -2,7 +2,7 @@
 # From nothing to a trained model, and a measurement of what each stage does: sets up the environment, invents a medical
 # knowledge graph, and teaches it by pretraining -> SFT -> DPO -> merge. No score can come from what a model knew before.
 #     bash run_pipeline.sh                          the tiny embedded model, under ten minutes on two cores
-#     bash run_pipeline.sh --seeds 3 --size full    three graphs, longer training: about half an hour each
+#     bash run_pipeline.sh --seeds 3 --size full    three graphs, and more than twice the training
 #     bash run_pipeline.sh --model Qwen/Qwen3-0.6B --output_dir outputs/qwen      a model of your own, by LoRA
 # Facts of group A are in pretraining and SFT, those of B in pretraining alone, those of C in neither. After every stage
 # the model is asked in wordings that it has never seen; OUTPUT_DIR/report.html compares the stages.
@@ -54,7 +54,7 @@ sft_flags="--learning_rate 1e-3 $tiny"
 dpo_flags="--num_train_epochs 1 --learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 $tiny $lora"
 case $size in
     default) pt_flags="--num_train_epochs 5 $pt_flags" && sft_flags="--num_train_epochs 3 $sft_flags" ;;
-    full) pt_flags="--num_train_epochs 15 $pt_flags" && sft_flags="--num_train_epochs 25 $sft_flags" ;;
+    full) pt_flags="--num_train_epochs 12 $pt_flags" && sft_flags="--num_train_epochs 6 $sft_flags" ;;
 esac
 if [ -n "$model" ]; then
     pt_flags="--num_train_epochs 5 --learning_rate 1e-4 $lora"
