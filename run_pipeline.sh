@@ -5,7 +5,8 @@
 #     bash run_pipeline.sh --seeds 3 --size full    three graphs, and more than twice the training
 #     bash run_pipeline.sh --model Qwen/Qwen3-0.6B --output_dir outputs/qwen      a model of your own, by LoRA
 # Facts of group A are in pretraining and SFT, those of B in pretraining alone, those of C in neither. After every stage
-# the model is asked in wordings that it has never seen; OUTPUT_DIR/report.html compares the stages.
+# the model is asked in wordings that it has never seen. OUTPUT_DIR/seed-1/report.html compares the stages, OUTPUT_DIR/stages.png
+# shows them.
 # Called again, it goes on where it stopped. The variables of run_sft.sh (NUM_PROCESSES, CONFIG, WHEELHOUSE, ...) work here.
 #   --output_dir DIR   (outputs/pipeline)    --seed S    of the first graph (1)        --size default|full
 #   --model NAME       (the embedded one)    --seeds N   graphs, one after another (1)
@@ -14,7 +15,7 @@ root=$(dirname "$0")
 . "$root/configs/launch.sh"
 
 if wants_help "$@"; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     launch_help
     exit 0
 fi
