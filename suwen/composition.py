@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,13 @@ from suwen.mixing import Refuse, as_text, read_rows, record_rows, records_of, we
 from suwen.pairs import pair_rows, reading_pair_rows, scored_rows
 from suwen.parallel import map_in_order
 from suwen.readers import Source as FileSource
+from suwen.retrieval.index import build_index
+from suwen.retrieval.search import KnowledgeBase
 from suwen.synthesis import (
     Row,
     Source,
     article_rows,
+    copying_rows,
     dialogue_rows,
     exam_rows,
     question_rows,
@@ -44,7 +47,7 @@ from suwen.synthesis import (
     rng_of,
 )
 
-SCHEMAS = {"pretrain": "text", "sft": "conversation", "preference": "preference"}
+SCHEMAS = {"warmup": "text", "pretrain": "text", "sft": "conversation", "preference": "preference"}
 # What is made of a graph. ChiMed has its graphs in pretraining alone, QiZhen's records become instructions alone.
 PARTS = {
     "graph": ("pretrain", "sft", "exams", "preference"),
@@ -61,6 +64,7 @@ class Shares:
 
     reading: float = 0.2  # reading examples among the rows of each stage
     replay: float = 0.1  # pretraining text among the rows of SFT
+    warmup: int = 0  # rows of copying, with half as many reading examples, for a stage before all others
     evaluated: int = 300  # entities of each group that evaluation items are made of; the corpus has all
 
 
@@ -92,7 +96,9 @@ def graph_rows(
                 yield "sft", row
             if evaluated.issuperset(source.heads[relation, value]):
                 yield from (("evaluation", row) for row in reverse_items(relation, value, source))
-    number = {stage: _beside(counts[stage], shares.reading) for stage in SCHEMAS}
+    number = {stage: _beside(counts[stage], shares.reading) for stage in ("pretrain", "sft", "preference")}
+    yield from (("warmup", row) for row in copying_rows(shares.warmup, source.rules.seed))
+    yield from (("warmup", row) for row in reading_rows(reading, shares.warmup // 2, "text", "AB"))
     yield from (("pretrain", row) for row in reading_rows(reading, number["pretrain"], "text", "AB"))
     yield from (("sft", row) for row in reading_rows(reading, number["sft"], "messages", "A"))
     yield from (("preference", row) for row in reading_pair_rows(reading, number["preference"], "A"))
@@ -222,6 +228,7 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows, self.characters = path, 0, 0
+        self.found = 0  # questions whose right passage stands beside them
         self.lengths: list[int] = []
         self.recipes: Counter[str] = Counter()
         self.groups: Counter[str] = Counter()
@@ -292,6 +299,31 @@ def validate(folder: Path) -> None:
     for path, schema in sources:
         for _ in load_rows(path, schema):
             pass
+
+
+def write_retrieved(folder: Path, num_passages: int) -> RowFile:
+    """Index the corpus, in folder/knowledge, and write the recall questions with the passages that a search finds.
+
+    evaluation/retrieved.jsonl has the form of open_book.jsonl; "gold" is null where the right passage was not found.
+    """
+    build_index([str(folder / "evaluation" / "passage.jsonl")], str(folder / "knowledge"))
+    knowledge = KnowledgeBase(str(folder / "knowledge"))
+    by_recipe: dict[str, list[Row]] = defaultdict(list)
+    for row in stored_rows(folder, "evaluation"):
+        by_recipe[row["recipe"]].append(row)
+    titles = {row["id"]: row["title"] for row in by_recipe["passage"]}
+    out = RowFile(folder / "evaluation" / "retrieved.jsonl")
+    with out.stream:
+        for row in tqdm(by_recipe["recall"], desc="retrieval", unit=" questions", disable=None, leave=False):
+            hits = [hit.passage for hit in knowledge.search(row["question"], num_passages)]
+            title = titles[row["id"].split(".")[0]]
+            right = [hit.title == title and all(answer in hit.text for answer in row["answers"]) for hit in hits]
+            passages = [{"title": hit.title, "text": hit.text} for hit in hits]
+            name = row["id"].replace(".recall.", ".retrieved.")
+            gold = right.index(True) if True in right else None
+            out.write({**row, "id": name, "recipe": "retrieved", "passages": passages, "gold": gold})
+            out.found += gold is not None
+    return out
 
 
 def write_exam_table(folder: Path) -> None:

@@ -147,6 +147,11 @@ def render(card: dict[str, Any]) -> str:
         "## Checks",
         f"Rows refused: {refused}. Leaks between training and evaluation: {card['leaks']['count']:,}.",
     ]
+    if found := card["retrieval"]:
+        parts[-1] += (
+            f" Retrieval of {found['passages']} passages finds the right one for {found['right_passage_found']:,} of "
+            f"{found['questions']:,} questions."
+        )
     if card["leaks"]["first"]:
         parts.append("\n".join(f"- {line}" for line in card["leaks"]["first"]))
     return "\n\n".join(parts) + "\n"

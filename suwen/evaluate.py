@@ -264,7 +264,8 @@ def run_mode(
 
 
 def hash_items(items: Sequence[Item]) -> str:
-    content = json.dumps([[item.id, item.target, item.groups] for item in items], ensure_ascii=False)
+    rows = [[item.id, item.target, item.groups, *([item.prompt] if item.prompt else [])] for item in items]
+    content = json.dumps(rows, ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 

@@ -17,12 +17,13 @@ from suwen.synthesis import (
     LETTERS,
     Row,
     Source,
+    document,
     exam_question,
     fill,
     has_options,
     may_be_asked_back,
-    passage,
     rng_of,
+    row_of,
     wordings_of,
     wrong_values,
 )
@@ -78,22 +79,19 @@ def choice_items(entity: str, source: Source) -> Iterator[Row]:
             yield _item("choice", number, item, source, **content)
 
 
-def open_book_items(entity: str, source: Source, passages: int = 4) -> Iterator[Row]:
-    """The recall questions with passages, one of which holds the answer: a ceiling for any retriever."""
-    for item in source.items[entity]:
-        if item.prose:
-            continue
-        for number, wording in enumerate(wordings_of(item).held_out_questions):
-            rng = rng_of(source.rules.seed, "open book", entity, item.relation, number)
-            others = [i for other in source.alike.get(entity, ()) for i in source.items[other] if not i.prose]
-            others = [i for i in others if i.relation == item.relation] + [
-                i for i in source.items[entity] if i.relation != item.relation and not i.prose
-            ]
-            chosen = [item, *rng.sample(others, min(passages - 1, len(others)))]
-            rng.shuffle(chosen)
-            content = {"passages": [passage(i) for i in chosen], "gold": chosen.index(item)}
-            answers = list(item.values)
-            yield _item("open book", number, item, source, question=fill(wording, item), answers=answers, **content)
+def open_book_items(entity: str, source: Source) -> Iterator[Row]:
+    """The recall questions with passages on the entity and on others with similar names: a ceiling for any retriever.
+
+    Adds "passages", each with its title and text, and "gold", the place of the right one.
+    """
+    for row in recall_items(entity, source):
+        rng = rng_of(source.rules.seed, "open book", row["id"])
+        near = source.alike.get(entity, ())
+        shown = [entity, *rng.sample(near, min(source.rules.num_passages - 1, len(near)))]
+        rng.shuffle(shown)
+        passages = [{"title": found.title, "text": found.text} for found in (document(e, source) for e in shown)]
+        name = row["id"].replace(".recall.", ".open_book.")
+        yield {**row, "id": name, "recipe": "open book", "passages": passages, "gold": shown.index(entity)}
 
 
 def exam_items(entity: str, source: Source) -> Iterator[Row]:
@@ -120,9 +118,9 @@ def preference_items(entity: str, source: Source) -> Iterator[Row]:
 
 
 def corpus_rows(entity: str, source: Source) -> Iterator[Row]:
-    """Passages for retrieval, one for each relation of an entity: {"id", "title", "content"}; groups A, B and C."""
-    for item in source.items[entity]:
-        yield _item("passage", 0, item, source, title=item.entity.name, content=passage(item))
+    """The entity's document for retrieval: {"id", "title", "content"}; groups A, B and C."""
+    found, items = document(entity, source), source.items[entity]
+    yield {"id": entity, **row_of("passage", source.groups[entity], items, title=found.title, content=found.text)}
 
 
 def _item(recipe: str, number: int, item: Any, source: Source, **content: Any) -> Row:

@@ -49,6 +49,12 @@ PARTS: dict[str, tuple[int, tuple[Sequence[str], ...]]] = {
 DEFAULT_RELATIONS = ("department", "drug", "symptom", "examination")
 
 
+def name_parts() -> list[str]:
+    """What the names of diseases and the values are made of."""
+    lists = (FIRST, BASES, PLANTS, SITES, FEELINGS, SYLLABLES)
+    return [*itertools.chain.from_iterable(lists), *(ending for _, pieces in PARTS.values() for ending in pieces[-1])]
+
+
 def fictional_graph(
     num_entities: int = 75,
     seed: int = 42,

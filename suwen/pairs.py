@@ -22,6 +22,7 @@ from suwen.synthesis import (
     assistant,
     fill,
     reading_example,
+    reading_prompt,
     rng_of,
     row_of,
     turns,
@@ -116,12 +117,15 @@ def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterato
     heads = [head for head in source.items if source.groups[head] in groups]
     for number in range(count if heads else 0):
         rng = rng_of(source.rules.seed, "reading pair", number)
-        prompt, _, item, others = reading_example(source, rng, heads)
-        tempting = [i.values for i in others if i.relation == item.relation and not set(i.values) & set(item.values)]
+        passages, told = reading_example(source, rng, heads)
+        fact, item = told[0], told[0].item
+        prompt = reading_prompt(fact, passages, rng)
+        rivals = [other.item.values for other in told if other.item.relation == item.relation]
+        tempting = [values for values in rivals if not set(values) & set(item.values)]
         wrong = rng.choice(tempting) if tempting else wrong_values(item, source, rng, len(item.values))
         if wrong and not item.prose:
             wording = answer_wording(item, source, rng)
-            chosen, rejected = fill(wording, item), fill(wording, item, wrong)
+            chosen, rejected = (fact.cite(fill(wording, item, values)) for values in (item.values, wrong))
             yield {**_row(prompt, chosen, rejected, "wrong value", item, source), "recipe": "reading pair"}
 
 

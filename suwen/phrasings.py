@@ -623,12 +623,6 @@ PHRASINGS = {
 # Headings of entity articles, one of them at most before an article
 TITLES = ("{e}", "{e}简介", "认识{e}", "{e}须知", "关于{e}")
 # The turns around a reading question
-READING_PROMPTS = (
-    "请阅读资料并回答问题。\n\n{p}\n\n问题：{q}",
-    "根据下面的资料回答。\n\n{p}\n\n{q}",
-    "资料：\n{p}\n\n请根据资料回答：{q}",
-    "以下是检索到的内容：\n\n{p}\n\n请只依据上面的内容回答：{q}",
-)
 EXAM_PROMPTS = (
     "请回答下面的选择题，并说明理由。\n问题：{q}\n选项：\n{o}",
     "{q}\n{o}\n请选出正确答案并解释。",

@@ -14,11 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from suwen.fictional import name_parts
 from suwen.knowledge_graph import Entity, Graph, Item, is_prose
-from suwen.phrasings import EXAM_PROMPTS, READING_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
+from suwen.phrasings import EXAM_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
+from suwen.retrieval.grounding import with_passages
+from suwen.retrieval.passages import Passage, text_passage
 
 Row = dict[str, Any]
 LETTERS = "ABCDE"
+READING_FACTS, READING_QUESTIONS = 4, 6  # told in a passage of a reading example, and asked of it, at most
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class SynthesisRules:
     answer_style: Literal["sentence", "value"] = "sentence"
     max_values: int = 8  # of a longer list the first so many are told
     max_reverse: int = 6  # reverse questions only for values with so few answers
-    num_passages: int = 3  # of a reading example
+    num_passages: int = 4  # of a reading example at most: as many as retrieval gives
 
 
 @dataclass
@@ -218,35 +222,57 @@ def article_rows(entity: str, source: Source) -> Iterator[Row]:
         yield row_of("article", group, items, text=text)
 
 
-def passage(item: Item) -> str:
-    """The item as it stands in the retrieval corpus: one passage a relation of an entity."""
-    return fill(wordings_of(item).statements[0], item)
+def document(entity: str, source: Source) -> Passage:
+    """What the retrieval corpus says of an entity: all its facts, each in the first wording."""
+    items = source.items[entity]
+    gap = "\n" if any(item.prose for item in items) else ""
+    return text_passage(items[0].entity.name, gap.join(fill(wordings_of(item).statements[0], item) for item in items))
 
 
-def reading_example(source: Source, rng: random.Random, heads: Sequence[str]) -> tuple[str, str, Item, list[Item]]:
-    """Passages with a question, the answer, what it asks for, and what the other passages tell.
+@dataclass(frozen=True)
+class Told:
+    """A fact in a passage of a reading example."""
 
-    One passage holds the answer; the others tell the same of entities with similar names, or something else of the
-    same entity.
+    item: Item
+    number: int  # of its passage, from 1
+
+    def cite(self, answer: str) -> str:
+        """The answer with the number of the passage."""
+        return f"{answer.rstrip('。')}[{self.number}]。"
+
+
+def reading_example(source: Source, rng: random.Random, heads: Sequence[str]) -> tuple[list[Passage], list[Told]]:
+    """Passages on one entity and on others with similar names, as a search by a question's words brings them.
+
+    Returns:
+        the passages, and the facts that they tell in random order, one of the first entity first.
     """
-    entity = rng.choice(heads)
-    item = rng.choice(source.items[entity])
+    asked = rng.choice(heads)
     allowed = set(heads)
-    near = [other for other in source.alike.get(entity, ()) if other in allowed]
-    distractors = [i for other in near for i in source.items[other] if i.relation == item.relation and not i.prose]
-    distractors += [i for i in source.items[entity] if i.relation != item.relation and not i.prose]
-    while len(distractors) < source.rules.num_passages - 1 and len(heads) > 1:
-        distractors.append(rng.choice(source.items[rng.choice(heads)]))
-    chosen = [item, *rng.sample(distractors, min(source.rules.num_passages - 1, len(distractors)))]
-    rng.shuffle(chosen)
-    passages = "\n".join(f"[{n}] {statement(i, rng)}" for n, i in enumerate(chosen, start=1))
-    question = fill(rng.choice(wordings_of(item).questions), item)
-    prompt = rng.choice(READING_PROMPTS).replace("{p}", passages).replace("{q}", question)
-    return prompt, answer_to(item, source, rng), item, [i for i in chosen if i is not item]
+    near = [other for other in source.alike.get(asked, ()) if other in allowed] or [h for h in heads if h != asked]
+    shown = [asked, *rng.sample(near, min(rng.randrange(source.rules.num_passages), len(near)))]
+    rng.shuffle(shown)
+    passages, told = [], []
+    for number, entity in enumerate(shown, start=1):
+        items = rng.sample(source.items[entity], min(READING_FACTS, len(source.items[entity])))
+        gap = "\n" if any(item.prose for item in items) else ""
+        text = gap.join(statement(item, rng) for item in items)
+        passages.append(text_passage(source.graph.entities[entity].name, text))
+        told += [Told(item, number) for item in items]
+    rng.shuffle(told)
+    told.sort(key=lambda fact: fact.item.entity.id != asked)
+    return passages, told
+
+
+def reading_prompt(fact: Told, passages: Sequence[Passage], rng: random.Random) -> str:
+    """A question with its passages, as retrieval builds it for a served model."""
+    question = fill(rng.choice(wordings_of(fact.item).questions), fact.item)
+    (message,) = with_passages(turns(question), passages)
+    return message["content"]
 
 
 def reading_rows(source: Source, count: int, form: Literal["text", "messages"], groups: str = "AB") -> Iterator[Row]:
-    """Reading examples, as text for pretraining or as messages for SFT; entities of `groups` alone occur in them.
+    """Reading examples: text for pretraining, with several questions, or messages for SFT; of `groups` alone.
 
     With a fictional graph use one apart from it (`fictional_graph(..., apart_from=graph)`): then nothing can be known
     and everything must be read.
@@ -254,12 +280,30 @@ def reading_rows(source: Source, count: int, form: Literal["text", "messages"], 
     heads = [head for head in source.items if source.groups[head] in groups]
     for number in range(count if heads else 0):
         rng = rng_of(source.rules.seed, "reading", form, number)
-        prompt, answer, item, _ = reading_example(source, rng, heads)
-        group = source.groups[item.entity.id]
-        if form == "text":
-            yield row_of("reading", group, [item], text=f"{prompt}\n答：{answer}")
-        else:
-            yield row_of("reading", group, [item], messages=turns(prompt, answer))
+        passages, told = reading_example(source, rng, heads)
+        prompt, answer = reading_prompt(told[0], passages, rng), told[0].cite(answer_to(told[0].item, source, rng))
+        group = source.groups[told[0].item.entity.id]
+        if form == "messages":
+            yield row_of("reading", group, [told[0].item], messages=turns(prompt, answer))
+            continue
+        lines = [prompt, f"答：{answer}"]
+        for fact in told[1:READING_QUESTIONS]:
+            lines.append("问题：" + fill(rng.choice(wordings_of(fact.item).questions), fact.item))
+            lines.append("答：" + fact.cite(answer_to(fact.item, source, rng)))
+        yield row_of("reading", group, [fact.item for fact in told[:READING_QUESTIONS]], text="\n".join(lines))
+
+
+def copying_rows(count: int, seed: int) -> Iterator[Row]:
+    """Random characters, said four times: what can be foretold of them must be copied.
+
+    A model that has met nothing else learns here to look back for what followed before (induction; Olsson et al. 2022,
+    arXiv:2209.11895), which reading answers out of passages is built on.
+    """
+    characters = sorted(set("".join(name_parts())))
+    for number in range(count):
+        rng = rng_of(seed, "copying", number)
+        string = "".join(rng.sample(characters, rng.randint(4, 16)))
+        yield row_of("copying", "", [], text="。".join([string] * 4) + "。")
 
 
 # ------------------------------------------------------------------------------------------------------------------ SFT

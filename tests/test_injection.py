@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import evaluation
-from suwen import evaluate
+from suwen import evaluate, experiment_table
 from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.encoding import ChatEncoder
 from suwen.fact_items import preference_items
@@ -18,7 +18,7 @@ from suwen.rows import rows_of_pair
 from suwen.scoring import score_rows
 from suwen.synthesis import prepare
 from template import TEMPLATES
-from tools import build_data, experiment_table
+from tools import build_data
 
 CHOICE = {
     "Question": "岚型胃炎患者的处方上写着", "Options": "A 泽朗平\nB 维舒定", "Answer": "B", "Suffix": "。",
@@ -120,6 +120,20 @@ def test_an_answer_that_does_not_end_is_not_right(tmp_path):
         assert record["correct"] is (reply["finish_reason"] == "stop")
 
 
+def test_retrieved_items_are_asked_with_their_passages_as_a_served_model_is():
+    row = {"question": "甲病吃什么药？", "answers": ["泽朗平"], "group": "C", "gold": 1}
+    row["passages"] = [{"title": "乙病", "text": "乙病要用维舒定。"}, {"title": "甲病", "text": "甲病要用泽朗平。"}]
+    task = TASKS["retrieved_C"]
+    (item,) = task.parse(row)
+    assert task.ask(item).endswith("[2] 甲病\n甲病要用泽朗平。\n</资料>\n\n问题：甲病吃什么药？")
+    assert item.groups["right passage"] == "found"
+    (lost,) = task.parse(row | {"gold": None})
+    assert lost.groups["right passage"] == "not found"
+    assert evaluate.hash_items([item]) != evaluate.hash_items(task.parse(row | {"passages": row["passages"][1:]}))
+    with pytest.raises(ValueError, match="expected passages and gold"):
+        task.parse({"question": "甲病吃什么药？", "answers": ["泽朗平"], "group": "C"})
+
+
 @pytest.mark.training
 def test_the_table_of_the_experiment_shows_every_stage(folder, tmp_path, capsys):
     data = tmp_path / "data"
@@ -130,7 +144,7 @@ def test_the_table_of_the_experiment_shows_every_stage(folder, tmp_path, capsys)
         asked = ["--tasks", "injection", "--data_dir", str(data / "evaluation"), "--use_cpu", "--batch_size", "64"]
         evaluation.main(["--base_model", str(folder), *asked, "--output_dir", str(seed / place)])
     capsys.readouterr()
-    experiment_table.main(["--output_dir", str(tmp_path), "--seeds", "1", "1"])
+    experiment_table.show(tmp_path, ["seed-1", "seed-1"], ["start", "pt"])
     shown = capsys.readouterr().out
     table = shown.splitlines()[1:14]
     assert table[0].split() == ["task", "mode", "score", "start", "pt"]
@@ -143,8 +157,3 @@ def test_the_table_of_the_experiment_shows_every_stage(folder, tmp_path, capsys)
     assert (tmp_path / "stages.png").stat().st_size > 5000
     page = (seed / "report.html").read_text("utf-8")
     assert "Facts of group C: recall" in page and "http" not in page.split("<style>")[0]
-
-
-def test_a_folder_without_evaluations_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="found 0 evaluations, expected start, pt/eval"):
-        experiment_table.main(["--output_dir", str(tmp_path), "--seeds", "3"])

@@ -32,9 +32,11 @@ from suwen.near_duplicates import normal_form
 from suwen.pairs import MARGINS, own_answer_rows, pair_rows, reading_pair_rows, scored_rows
 from suwen.phrasings import GENERIC, PHRASINGS, PROSE, RELATIONS
 from suwen.readers import parse_sources
+from suwen.retrieval.grounding import INSTRUCTION
 from suwen.synthesis import (
     SynthesisRules,
     article_rows,
+    copying_rows,
     dialogue_rows,
     exam_rows,
     fill,
@@ -219,17 +221,34 @@ def test_exam_answers_are_right_and_every_other_option_is_wrong(ours):
     assert min(letters.values()) > 0.7 * max(letters.values()), "no letter is a good guess"
 
 
-def test_reading_examples_hold_their_answer_in_one_passage(reading):
+def test_reading_examples_are_asked_as_retrieval_asks_and_answered_from_the_passage_that_they_cite(reading):
     values = {fact.id: fact.value for fact in reading.graph.facts}
+    counts = Counter()
     for row in reading_rows(reading, 100, "messages", "A"):
         prompt, answer = (message["content"] for message in row["messages"])
         (fact,) = row["facts"]
-        passages = re.findall(r"^\[\d\] (.*)$", prompt, re.MULTILINE)
-        assert len(passages) == 3 and values[fact] in answer
-        assert (
-            sum(values[fact] in text and reading.graph.entities[fact.split(".")[0]].name in text for text in passages)
-            == 1
-        )
+        name = reading.graph.entities[fact.split(".")[0]].name
+        passages = re.findall(r"^\[(\d)\] (.*)\n(.*)$", prompt, re.MULTILINE)
+        counts[len(passages)] += 1
+        (cited,) = [number for number, title, text in passages if title == name and values[fact] in text]
+        assert answer.endswith(f"[{cited}]。") and values[fact] in answer and prompt.startswith(INSTRUCTION)
+    assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 10
+
+
+def test_reading_text_asks_several_questions_of_the_same_passages(reading):
+    values = {fact.id: fact.value for fact in reading.graph.facts}
+    for row in reading_rows(reading, 20, "text", "A"):
+        answers = re.findall(r"^答：(.*)$", row["text"], re.MULTILINE)
+        assert len(answers) == len(row["facts"]) == row["text"].count("问题：") >= 4
+        assert all(values[fact] in answer for fact, answer in zip(row["facts"], answers, strict=True))
+
+
+def test_copying_rows_say_random_characters_four_times():
+    rows = list(copying_rows(50, 1))
+    assert rows == list(copying_rows(50, 1)) and len({row["text"] for row in rows}) == 50
+    for row in rows:
+        first, *others = row["text"].rstrip("。").split("。")
+        assert others == [first] * 3 and len(set(first)) == len(first) and 4 <= len(first) <= 16
 
 
 def test_groups_keep_apart_and_no_wording_leaks(fictional, reading):

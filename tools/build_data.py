@@ -24,10 +24,13 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.retrieval.settings import RetrievalSettings
 
 NOTICE = "Sample data for research. No medical advice."
 KINDS = ("graph", "text", "qa", "dialogues", "general", "exams", "preference", "tests")
-OURS = {"pretrain", "sft", "preference", "evaluation", "data_card.json", "data_card.md", "dropped_rows.jsonl"}
+READING_ENTITIES = 20  # in the graph of the reading examples, for each one in the fictional graph
+STAGES = ("warmup", "pretrain", "sft", "preference", "evaluation")
+OURS = {*STAGES, "knowledge", "data_card.json", "data_card.md", "dropped_rows.jsonl"}
 
 
 @dataclass
@@ -56,7 +59,11 @@ class BuildArguments:
     pairs: int = flag(2, "preference pairs for each relation of an entity")
     evaluation: int = flag(300, "entities of each group that evaluation items are made of, at most; the corpus has all")
     reading: float = flag(0.2, "share of reading examples in each stage")
+    passages: int = flag(RetrievalSettings.num_passages, "of a question with retrieval; of a reading example, at most")
     replay: float = flag(0.1, "share of pretraining text replayed in SFT")
+    warmup: int = flag(
+        0, "rows of copying, and half as many of reading, for an untrained model; fictional recipe alone"
+    )
     answers: Literal["sentence", "value"] = flag("sentence", "answers as sentences, or the bare values")
     pii: Literal["off", "report", "mask"] = flag("report", "personal data: count it, or replace it too")
     min_chinese: float = flag(0.3, "share of Chinese among the letters of a row of other sources")
@@ -68,7 +75,16 @@ class BuildArguments:
 
 def check(given: SourceArguments, args: BuildArguments) -> None:
     """Refuse what cannot work, before anything is read or removed."""
-    for name, least in (("size", 1), ("passes", 1), ("wordings", 1), ("num_proc", 1), ("questions", 0), ("pairs", 0)):
+    for name, least in (
+        ("size", 1),
+        ("passes", 1),
+        ("wordings", 1),
+        ("num_proc", 1),
+        ("questions", 0),
+        ("pairs", 0),
+        ("passages", 1),
+        ("warmup", 0),
+    ):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name}: found {value}, expected {least} or more")
@@ -77,6 +93,8 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
             raise ValueError(f"--{name}: found {getattr(args, name)}, expected a share from 0 to below 1")
     if given.recipe == "fictional" and given.graph:
         raise ValueError("--graph: the fictional recipe invents its graph, use --recipe graph for one of yours")
+    if given.recipe != "fictional" and args.warmup:
+        raise ValueError(f"--warmup: only with --recipe fictional, found --recipe {given.recipe}")
     if given.recipe in ("chimed", "qizhen") and not any(getattr(given, kind) for kind in KINDS[:-1]):
         raise ValueError(f"--recipe {given.recipe}: no source given, expected --graph, --qa, --text or another one")
     folder = Path(args.output_dir)
@@ -146,11 +164,14 @@ def prepare_graph(
         questions_per_item=args.questions,
         pairs_per_item=args.pairs,
         answer_style=args.answers,
+        num_passages=args.passages,
     )
     if given.recipe == "fictional":
         graph = fictional_graph(args.size, args.seed)
         source = prepare(graph, assign_groups(graph, args.seed, shares or None), rules)
-        return graph, source, prepare(fictional_graph(args.size, args.seed, apart_from=graph), None, rules), Counter()
+        # so many entities that their facts are not met often enough to be learnt by heart
+        other = fictional_graph(READING_ENTITIES * args.size, args.seed, apart_from=graph)
+        return graph, source, prepare(other, None, rules), Counter()
     if not sources:
         return None, None, None, Counter()
     graph, left_out = load_graph(file for entry in sources for file in entry.files)
@@ -209,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         stored_rows,
         validate,
         write_exam_table,
+        write_retrieved,
     )
     from suwen.data_card import output_entry, render, source_entry
     from suwen.fact_items import find_leaks
@@ -229,14 +251,18 @@ def main(argv: list[str] | None = None) -> None:
     with DataFolder(folder, args.on_bad_rows) as out:
         cleaning = add_files(out, given.recipe, args, sources, num_proc)
         if source is not None:
-            shares = Shares(args.reading, args.replay, args.evaluation)
+            shares = Shares(args.reading, args.replay, args.warmup, args.evaluation)
             for stage, row in graph_rows(source, reading, PARTS[given.recipe], shares, num_proc):
                 out.write(stage, row)
     if not out.files:
         names = ", ".join(filter(None, paths.values()))
         raise ValueError(f"no row was made of {names}; the reasons are in {folder}/dropped_rows.jsonl")
 
-    # Checks and the card
+    # The questions with what retrieval finds for them; checks, and the card
+    found = {}
+    if "evaluation/recall" in out.files:
+        retrieved = out.files["evaluation/retrieved"] = write_retrieved(folder, args.passages)
+        found = {"passages": args.passages, "questions": retrieved.rows, "right_passage_found": retrieved.found}
     validate(folder)
     write_exam_table(folder)
     leaks: list[str] = []
@@ -254,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         "cleaning": cleaning,
         "personal_data_mode": {"off": "not looked for", "report": "counted, left in place", "mask": "masked"}[args.pii],
         "refused": dict(sorted(out.refused.items())),
+        "retrieval": found,
         "leaks": {"count": len(leaks), "first": leaks[:10]},
     }
     if graph is not None:

@@ -12,5 +12,6 @@ TASKS = {task.name: task for task in (*EXAMS, CMEXAM_OFFICIAL, *TEXTS, *TERMS, F
 # Names that stand for several tasks
 TASK_SETS = {
     "own": tuple(name for name, task in TASKS.items() if task.default_file),
-    "injection": tuple(task.name for task in INJECTION),
+    "injection": tuple(task.name for task in INJECTION if not task.name.startswith("retrieved")),
+    "retrieved": tuple(task.name for task in INJECTION if task.name.startswith("retrieved")),
 }

@@ -8,6 +8,7 @@ A model that has seen no question yet shows what it knows by choice and text, in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from suwen.benchmarks.general_text import measure_text, summarise_text, unasked,
 from suwen.benchmarks.task import Candidates, Item, Record, Row, Task, rate, text_of
 from suwen.benchmarks.terms import named, normalise_term
 from suwen.formats import BadRow
+from suwen.retrieval.grounding import with_passages
+from suwen.retrieval.passages import text_passage
 from suwen.statistics import bootstrap_interval
 
 VERSION = 1
@@ -80,6 +83,19 @@ def summarise_recall(records: Sequence[Record]) -> dict[str, Any]:
     return {"n": n, "metrics": {"recall": rate(right, n), "wrong answers": rate(n - right - empty, n)}, "empty": empty}
 
 
+def parse_retrieved(row: Row) -> list[Item]:
+    """A row of recall with "passages": [{"title", "text"}], and in "gold" the place of the right one or null."""
+    (item,) = parse_fact(row)
+    try:
+        passages = [text_passage(found["title"], found["text"]) for found in row["passages"]]
+        gold = row["gold"]
+    except (KeyError, TypeError):
+        raise BadRow("no passages", f"found the keys {', '.join(row)}, expected passages and gold") from None
+    (message,) = with_passages([{"role": "user", "content": item.question}], passages)
+    groups = item.groups | {"right passage": "not found" if gold is None else "found"}
+    return [replace(item, prompt=message["content"], groups=groups)]
+
+
 # --------------------------------------------------------------------------------------------------------- preference
 
 
@@ -127,6 +143,12 @@ def injection_tasks() -> list[Task]:
             summarise=summarise_recall, headline="recall", patterns=("recall.jsonl",), max_new_tokens=32, must_end=True,
         ))  # fmt: skip
         tasks.append(Task(
+            name=f"retrieved_{group}", title=f"Facts of group {group}: recall with what retrieval finds", **common,
+            parse=partial(of_group, parse_retrieved, group), complete=add_distractors,
+            ask=lambda item: item.prompt, judge=judge_recall, summarise=summarise_recall,
+            headline="recall", patterns=("retrieved.jsonl",), max_new_tokens=32, must_end=True,
+        ))  # fmt: skip
+        tasks.append(Task(
             name=f"preference_{group}", title=f"Facts of group {group}: right against faulty answers", **likelihood,
             parse=partial(of_group, parse_preference, group), candidates=answers_of, choose=choose_ending,
             summarise=summarise_preference, headline="accuracy", patterns=("preference.jsonl",),
@@ -137,7 +159,7 @@ def injection_tasks() -> list[Task]:
             summarise=summarise_text, headline="bits per character", paired="bits", lower_is_better=True,
             patterns=("choice.jsonl",),
         ))  # fmt: skip
-    order = ("choice", "recall", "preference", "statements")
+    order = ("choice", "recall", "preference", "statements", "retrieved")
     return sorted(tasks, key=lambda task: order.index(task.name.split("_")[0]))
 
 

@@ -28,6 +28,7 @@ class Item:
     options: dict[str, str] = field(default_factory=dict)  # letter -> text, for choice questions
     multiple: bool | None = None  # whether several letters may be right; None where the benchmark does not say
     groups: dict[str, str] = field(default_factory=dict)  # annotation -> value, for the breakdown
+    prompt: str = ""  # what is asked where that is more than the question: with passages, say
     where: str = ""
     id: str = ""
 

@@ -63,6 +63,12 @@ class Passage:
         return indexed_text(self.title, self.heading, self.text)
 
 
+def text_passage(title: str, text: str) -> Passage:
+    """A passage that comes from no file."""
+    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+    return Passage(title, "", "", None, (0, len(text)), digest, text)
+
+
 def indexed_text(title: str, heading: str, text: str) -> str:
     """What BM25 sees; the title counts twice, as what a text is about."""
     return "\n".join(filter(None, (title, title, heading, text)))

@@ -1,0 +1,112 @@
+"""The knowledge-injection experiment: which commands it runs, in which order, and what it refuses."""
+
+import re
+import shlex
+
+import pytest
+
+from tools import experiment
+
+
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    """Commands of an experiment that is only shown, as (variables, words)."""
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.delenv("MODEL", raising=False)
+
+    def plan(*words):
+        experiment.main(list(words))
+        commands = []
+        for line in capsys.readouterr().out.splitlines():
+            if re.search(r"\.(py|sh) ", line) and not line.startswith(("=", "Done")):
+                parts = shlex.split(line)
+                given = dict(part.split("=", 1) for part in parts if re.fullmatch(r"[A-Z]+=.*", part))
+                commands.append((given, parts[len(given) :]))
+        return commands
+
+    return plan
+
+
+def files(commands):
+    return [words[1].rsplit("/", 1)[-1] for _, words in commands]
+
+
+def flag_of(words, name):
+    """The last value of a flag: of one given twice the later wins."""
+    return [after for word, after in zip(words, words[1:], strict=False) if word == name][-1]
+
+
+def test_stages_follow_one_another_each_on_the_model_before(planned):
+    commands = planned("--output_dir", "my outputs")
+    names = ["build_data.py", "run_pt.sh", "run_sft.sh", "run_dpo.sh", "merge_peft_adapter.py", "evaluation.py"]
+    assert files(commands) == names
+    seed = "my outputs/seed-1"
+    assert flag_of(commands[0][1], "--output_dir") == f"{seed}/data"
+    variables = [given for given, _ in commands[1:4]]
+    assert [given["MODEL"] for given in variables] == ["", f"{seed}/pt", f"{seed}/sft"]
+    assert [given["DATA"] for given in variables] == [
+        f"{seed}/data/{name}" for name in ("pretrain", "sft", "preference")
+    ]
+    assert [given["OUTPUT"] for given in variables] == [f"{seed}/{name}" for name in ("pt", "sft", "dpo")]
+    assert all(flag_of(words, "--eval_data_dir") == f"{seed}/data/evaluation" for _, words in commands[1:4])
+    assert all(flag_of(words, "--eval_tasks") == "injection" for _, words in commands[1:4])
+    assert flag_of(commands[4][1], "--lora_model") == f"{seed}/dpo"
+
+
+def test_other_graphs_are_other_seeds(planned):
+    built = [words for _, words in planned("--seed=7", "--seeds", "2") if words[1].endswith("build_data.py")]
+    assert [flag_of(words, "--seed") for words in built] == ["7", "8"]
+
+
+def test_an_own_model_starts_the_first_stage_and_learns_by_lora(planned, monkeypatch):
+    by_flag = planned("--model", "a b")
+    monkeypatch.setenv("MODEL", "a b")
+    assert planned() == by_flag
+    variables, words = by_flag[1]
+    assert variables["MODEL"] == "a b" and "--use_peft" not in words
+    assert by_flag[2][0]["MODEL"] == "outputs/pipeline/seed-1/pt"
+
+
+def test_retrieval_adds_reading_to_the_data_and_passages_to_the_questions(planned):
+    commands = planned("--size", "full")
+    assert files(commands)[1:5] == ["run_pt.sh", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
+    data, warmup, pt, sft, dpo = (words for _, words in commands[:5])
+    assert float(flag_of(data, "--reading")) > 0 and int(flag_of(data, "--warmup")) > 0
+    assert [flag_of(words, "--eval_tasks") for words in (warmup, pt, sft, dpo)] == [
+        *("injection", "injection"),
+        *("injection,retrieved", "injection,retrieved"),
+    ]
+    plain = planned()[0][1]
+    assert flag_of(plain, "--reading") == "0" and "--warmup" not in plain
+
+
+def test_ppo_learns_from_the_reward_model_and_goes_on_from_sft(planned):
+    commands = planned("--stages", "sft,rm,ppo")
+    assert files(commands)[1:4] == ["run_sft.sh", "run_rm.sh", "run_ppo.sh"]
+    rm, ppo = commands[2], commands[3]
+    assert rm[0]["MODEL"] == ppo[0]["MODEL"] == "outputs/pipeline/seed-1/sft"
+    assert flag_of(ppo[1], "--reward") == "model:outputs/pipeline/seed-1/rm=1.0" and "--eval_tasks" not in rm[1]
+
+
+def test_ablations_reach_the_data_and_the_stages(planned):
+    commands = planned("--exposures", "20", "--wordings", "1", "--shuffle", "False", "--lora", "True")
+    data, pt = commands[0][1], commands[1][1]
+    assert [flag_of(data, name) for name in ("--passes", "--wordings", "--shuffle")] == ["4", "1", "False"]
+    assert flag_of(pt, "--use_peft") == "True" and int(flag_of(pt, "--num_train_epochs")) * 4 == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stages", "pt,sleep"], "--stages: found pt,sleep, expected some of warmup, pt"),
+        (["--stages", "pt,pt"], "each once"),
+        (["--stages", "retrieval"], "--stages: found retrieval"),
+        (["--stages", "sft,ppo"], "ppo needs the reward model"),
+        (["--stages", "pt,retrieval"], "retrieval is asked of sft"),
+        (["--seeds", "0"], "--seeds: found 0, expected 1 or more"),
+        (["--exposures", "0"], "--exposures: found 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.parse_arguments(words)

@@ -1,0 +1,225 @@
+"""Does a training put knowledge into a model? An experiment, stage by stage; run_pipeline.sh sets it up and starts it.
+
+    python tools/experiment.py                                       the tiny embedded model
+    python tools/experiment.py --seeds 3 --size full                 three graphs, more training, retrieval
+    python tools/experiment.py --stages pt,sft,orpo                  other stages
+    python tools/experiment.py --wordings 1 --shuffle False          each fact told in one wording alone
+    python tools/experiment.py --model Qwen/Qwen3-0.6B               a model of your own, by LoRA
+
+A medical knowledge graph is invented, so that no score can come from what a model knew before, and taught by the
+launchers of this project. Facts of group A are in pretraining and SFT, those of B in pretraining alone, those of C in
+neither. After every stage the model is asked in wordings that it has never seen; with the stage `retrieval` also with
+the passages that a search finds. DIR/seed-1/report.html compares the stages, DIR/stages.png and DIR/results.json
+show all seeds. The same command again goes on where it stopped.
+
+Stages: warmup (to copy and to read, before any fact), pt, sft, dpo, orpo, rm, ppo (by the reward model rm), retrieval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suwen.arguments import OneLineParser, run
+
+ROOT = Path(__file__).resolve().parents[1]
+# stage -> (launcher, folder of its data)
+LAUNCHERS = {
+    "warmup": ("run_pt.sh", "warmup"),
+    "pt": ("run_pt.sh", "pretrain"),
+    "sft": ("run_sft.sh", "sft"),
+    "dpo": ("run_dpo.sh", "preference"),
+    "orpo": ("run_orpo.sh", "preference"),
+    "rm": ("run_rm.sh", "preference"),
+    "ppo": ("run_ppo.sh", "sft"),
+}
+STAGES = (*LAUNCHERS, "retrieval")
+ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: only these are asked with passages
+
+
+DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
+EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 12, "sft": 6}}
+DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3 --passages 2"
+PASSES = 40  # articles on each entity in an epoch of pretraining
+READING, WARM_UP = 0.2, 6000  # with retrieval: share of reading examples in each stage; rows of the warm-up
+# All weights of the tiny model are trained, by LoRA from DPO on; a model of one's own is trained by LoRA throughout.
+TINY = "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
+TINY_FLAGS = {
+    "warmup": "--learning_rate 2e-3 --use_peft False",
+    "pt": "--learning_rate 2e-3 --use_peft False",
+    "sft": "--learning_rate 1e-3 --use_peft False",
+    "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0",
+    "orpo": "--learning_rate 5e-4 --lora_dropout 0",
+    "rm": "--learning_rate 1e-3 --lora_dropout 0",
+    "ppo": "--learning_rate 1e-4 --lora_dropout 0 --max_new_tokens 24",
+}
+OWN_FLAGS = {
+    "warmup": "--learning_rate 1e-4",
+    "pt": "--learning_rate 1e-4",
+    "sft": "--learning_rate 1e-4 --num_train_epochs 2",
+}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"), metavar="DIR")
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="model folder or hub name (the embedded one)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the first graph (1)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="graphs, one after another (1)")
+    parser.add_argument("--size", choices=DEFAULT_STAGES, default="default", help="how much is trained (default)")
+    parser.add_argument(
+        "--stages", metavar="A,B", help="; ".join(f"{name}: {stages}" for name, stages in DEFAULT_STAGES.items())
+    )
+    parser.add_argument(
+        "--exposures", type=int, metavar="N", help="articles on each entity that pretraining sees (200; full: 480)"
+    )
+    parser.add_argument("--wordings", type=int, metavar="N", help="of each relation in the articles, at most (all)")
+    parser.add_argument("--shuffle", choices=("True", "False"), default="True", help="facts in a new order each time")
+    parser.add_argument("--lora", choices=("True", "False"), default="False", help="pretraining and SFT by LoRA, too")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "exposures", "wordings"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: found {value}, expected 1 or more")
+    args.stages = (args.stages or DEFAULT_STAGES[args.size]).split(",")
+    unknown = [stage for stage in args.stages if stage not in STAGES]
+    if unknown or len(set(args.stages)) < len(args.stages) or args.stages == ["retrieval"]:
+        raise ValueError(f"--stages: found {','.join(args.stages)}, expected some of {', '.join(STAGES)}, each once")
+    order = {stage: place for place, stage in enumerate(args.stages)}
+    if "ppo" in order and order["ppo"] < order.get("rm", len(order)):
+        raise ValueError("--stages: ppo needs the reward model, expected rm before it")
+    if "retrieval" in order and not order.keys() & set(ANSWERING):
+        raise ValueError(f"--stages: retrieval is asked of {', '.join(ANSWERING)}, expected one of them beside it")
+    return args
+
+
+@dataclass
+class Experiment:
+    """The commands of one graph, in its folder."""
+
+    args: argparse.Namespace
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return self.args.output_dir / f"seed-{self.seed}"
+
+    def data_command(self) -> list[str]:
+        args = self.args
+        passes = PASSES if args.exposures is None else -(-args.exposures // EPOCHS[args.size]["pt"])
+        flags = f"{DATA} --passes {passes} --shuffle {args.shuffle} --seed {self.seed}"
+        flags += f" --reading {READING if 'retrieval' in args.stages else 0}"
+        flags += f" --wordings {args.wordings}" if args.wordings else ""
+        flags += f" --warmup {WARM_UP}" if "warmup" in args.stages else ""
+        return ["tools/build_data.py", *flags.split(), "--output_dir", str(self.folder / "data")]
+
+    def stage_flags(self, stage: str) -> list[str]:
+        args, tests = self.args, str(self.folder / "data" / "evaluation")
+        epochs = EPOCHS[args.size].get(stage, 1)
+        flags = OWN_FLAGS.get(stage, "") if args.model else f"{TINY} {TINY_FLAGS[stage]}"
+        flags = f"--num_train_epochs {epochs} {flags}"
+        if args.lora == "True":
+            flags += " --use_peft True"
+        if stage == "ppo":
+            return [*flags.split(), "--reward", f"model:{self.folder / 'rm'}=1.0"]
+        if stage == "rm":
+            return flags.split()
+        tasks = "injection,retrieved" if "retrieval" in args.stages and stage in ANSWERING else "injection"
+        return [*flags.split(), "--eval_tasks", tasks, "--eval_data_dir", tests]
+
+
+def title(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def call(command: Sequence[str], variables: dict[str, str] | None = None) -> None:
+    """Run a launcher or a program of ours; with DRY_RUN only show it. A failure ends the experiment with its code."""
+    file = str(ROOT / command[0])
+    command = (["sh", file] if file.endswith(".sh") else [sys.executable, file]) + list(command[1:])
+    if os.environ.get("DRY_RUN"):
+        print(*(f"{name}={shlex.quote(value)}" for name, value in (variables or {}).items()), shlex.join(command))
+        return
+    code = subprocess.run(command, env=os.environ | (variables or {})).returncode
+    if code:
+        sys.exit(code)
+
+
+def run_experiment(experiment: Experiment) -> list[str]:
+    """All stages on one graph; returns the evaluations to compare, as paths in the folder."""
+    args, folder = experiment.args, experiment.folder
+    title(f"an invented graph, seed {experiment.seed} -> {folder / 'data'}")
+    if (folder / "data" / "data_card.json").is_file():
+        print(f"{folder / 'data'} is there already")
+    else:
+        call(experiment.data_command())
+
+    model, evaluations, first = args.model, ["start"], ""
+    for stage in args.stages:
+        if stage == "retrieval":
+            continue
+        launcher, data = LAUNCHERS[stage]
+        title(f"{launcher}: {folder / 'data' / data} -> {folder / stage}")
+        variables = {"DATA": str(folder / "data" / data), "OUTPUT": str(folder / stage), "MODEL": model or ""}
+        call([launcher, *experiment.stage_flags(stage)], variables)
+        first = first or stage
+        if stage != "rm":
+            model = str(folder / stage)
+            evaluations.append(stage)
+    merge(folder, Path(str(model)))
+
+    title("the start, asked the same")
+    record = folder / first / "run.json"
+    start = "START" if os.environ.get("DRY_RUN") else json.loads(record.read_text(encoding="utf-8"))["start"]
+    tests = str(folder / "data" / "evaluation")
+    words = ["--base_model", start, "--tasks", "injection", "--data_dir", tests, "--output_dir", str(folder / "start")]
+    call(["evaluation.py", *words])
+    return evaluations
+
+
+def merge(folder: Path, model: Path) -> None:
+    """Merge the last stage, where it is an adapter and has not been merged yet."""
+    dry, merged = bool(os.environ.get("DRY_RUN")), folder / "merged"
+    if not dry and not (model / "adapter_config.json").is_file():
+        return
+    title(f"merge: {model} -> {merged}")
+    config = merged / "config.json"
+    if not dry and config.is_file():
+        if config.stat().st_mtime > (model / "run.json").stat().st_mtime:
+            print(f"{merged} is there already and newer than {model}")
+            return
+        shutil.rmtree(merged)  # of an earlier run
+    call(["merge_peft_adapter.py", "--lora_model", str(model), "--output_dir", str(merged)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    began = time.monotonic()
+    for seed in range(args.seed, args.seed + args.seeds):
+        experiment = Experiment(args, seed)
+        evaluations = run_experiment(experiment)
+    title("what each stage changed")
+    if not os.environ.get("DRY_RUN"):
+        from suwen.experiment_table import show
+
+        show(args.output_dir, [f"seed-{seed}" for seed in range(args.seed, args.seed + args.seeds)], evaluations)
+    final = experiment.folder / "merged"
+    final = final if final.is_dir() else experiment.folder / evaluations[-1]
+    words = [sys.executable, "inference.py", "--base_model", str(final), "--interactive"]
+    if "retrieval" in args.stages:
+        words += ["--knowledge_index", str(experiment.folder / "data" / "knowledge"), "--num_passages", "2"]
+    print(f"\nDone in {time.monotonic() - began:.0f} s. Talk to it: {shlex.join(words)}")
+
+
+if __name__ == "__main__":
+    run(main)
