@@ -1,0 +1,190 @@
+"""Dialogues played in two roles: who meets whom, what each sees, what is left out, and going on after a stop."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from http_server import server
+from test_api import KEY, folders, serving  # noqa: F401 (a fixture)
+
+from suwen.data import load_rows
+from suwen.role_play import (
+    CLINICIAN_KEYS,
+    GOODBYE,
+    OPENING,
+    PATIENT_KEYS,
+    Pace,
+    draw_scenes,
+    load_roles,
+)
+from tools import build_dialogues
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENTS = load_roles(ROOT / "data/roles/patients.jsonl", PATIENT_KEYS)
+CLINICIANS = load_roles(ROOT / "data/roles/clinicians.jsonl", CLINICIAN_KEYS)
+
+
+def reply(text, finish="stop"):
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return 200, {}, {"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+
+
+def is_patient(body):
+    return body["messages"][0]["content"].startswith("你扮演一位患者")
+
+
+def talkative(body, number):
+    """A patient who thanks after two answers, and a doctor who counts."""
+    answers = sum(message["role"] == ("user" if is_patient(body) else "assistant") for message in body["messages"])
+    if not is_patient(body):
+        return reply(f"医生：第{answers + 1}个回答，{body['seed']}。")
+    return reply(f"谢谢。{GOODBYE}" if answers == 3 else f"患者：第{answers}个问题，{body['seed']}？")
+
+
+def build(url, path, *words):
+    command = ["--api_base", url, "--model", "m", "--output_file", str(path), "--rounds", "3", *map(str, words)]
+    build_dialogues.main(command)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_seed_roles_are_whole_and_no_two_are_alike():
+    assert len(PATIENTS) >= 20 and len(CLINICIANS) >= 4
+    for roles in (PATIENTS, CLINICIANS):
+        assert len({role["name"] for role in roles}) == len(roles)
+
+
+def test_every_pair_meets_once_before_any_meets_again_and_more_scenes_keep_the_first():
+    pairs = len(PATIENTS) * len(CLINICIANS)
+    scenes = draw_scenes(PATIENTS, CLINICIANS, pairs + 5, 4, 1)
+    met = [(scene.patient["name"], scene.clinician["name"]) for scene in scenes]
+    assert len(set(met[:pairs])) == pairs and [scene.index for scene in scenes] == list(range(pairs + 5))
+    assert draw_scenes(PATIENTS, CLINICIANS, 7, 4, 1) == scenes[:7] != draw_scenes(PATIENTS, CLINICIANS, 7, 4, 2)
+    assert {scene.rounds for scene in scenes} == {2, 3, 4}
+
+
+def test_each_role_sees_the_talk_from_its_own_side(tmp_path):
+    with server(talkative) as (url, seen):
+        rows = build(url, tmp_path / "d.jsonl", "--count", 6, "--concurrency", 1)
+    assert [row["index"] for row in rows] == list(range(6))
+    for row in rows:
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
+        assert not any(word in m["content"] for m in row["messages"] for word in (GOODBYE, "患者：", "医生："))
+    assert {len(row["messages"]) for row in rows} == {4, 6} or {len(row["messages"]) for row in rows} == {4}
+    first, second, third = (body["messages"] for _, _, body in seen[:3])
+    assert [m["role"] for m in first] == ["system", "user"] and first[1]["content"] == OPENING
+    assert [m["role"] for m in second] == ["system", "user"] and "只说患者自己的话" not in second[0]["content"]
+    assert [m["role"] for m in third] == ["system", "user", "assistant", "user"]
+    assert third[2]["content"] == second[1]["content"], "what the patient said is its own turn"
+
+
+def test_what_comes_out_is_training_data(tmp_path):
+    with server(talkative) as (url, _):
+        build(url, tmp_path / "d.jsonl", "--count", 3)
+    rows = [row for _, row in load_rows(str(tmp_path / "d.jsonl"), "conversation")]
+    assert len(rows) == 3
+
+
+def test_a_talk_that_went_wrong_is_left_out_counted_and_tried_again(tmp_path, capsys):
+    def silent_doctor(body, number):
+        return talkative(body, number) if is_patient(body) else reply("")
+
+    def endless_doctor(body, number):
+        return talkative(body, number) if is_patient(body) else reply("一直说", "length")
+
+    def parrot(body, number):
+        return reply("你好")
+
+    path = tmp_path / "d.jsonl"
+    with server(silent_doctor) as (url, _):
+        for answer, reason in ((silent_doctor, "empty turn"), (endless_doctor, "cut-off turn"), (parrot, "the same")):
+            with server(answer) as (other, _):
+                assert build(other, tmp_path / f"{reason[:3]}.jsonl", "--count", 4) == []
+            assert f"left out: {reason}" in capsys.readouterr().out
+    turns = []
+
+    def mended(body, number):
+        turns.append(number)
+        return talkative(body, number) if len(turns) > 6 else silent_doctor(body, number)
+
+    with server(mended) as (url, _):
+        few = build(url, path, "--count", 4, "--concurrency", 1)
+        assert 0 < len(few) < 4
+        rows = build(url, path, "--count", 4, "--concurrency", 1)
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    assert all(row in rows for row in few), "what was there is kept"
+    assert "are there already" in capsys.readouterr().out
+
+
+def test_two_good_rounds_stand_when_the_third_goes_wrong(tmp_path):
+    def tired(body, number):
+        return talkative(body, number) if len(body["messages"]) < 6 else reply("")
+
+    with server(tired) as (url, _):
+        rows = build(url, tmp_path / "d.jsonl", "--count", 5)
+    assert len(rows) == 5 and {len(row["messages"]) for row in rows} == {4}
+
+
+def test_tokens_and_their_price_are_counted(tmp_path, capsys):
+    with server(talkative) as (url, seen):
+        build(url, tmp_path / "d.jsonl", "--count", 2, "--price_input", 1000, "--price_output", 5000)
+    calls = len(seen)
+    shown = capsys.readouterr().out
+    assert f"tokens: {10 * calls:,} read, {2 * calls:,} written; cost {calls * (0.01 + 0.01):.4f}" in shown
+
+
+def test_requests_keep_their_pace(monkeypatch):
+    slept = []
+    monkeypatch.setattr("suwen.role_play.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("suwen.role_play.time.sleep", slept.append)
+    pace = Pace(120)
+    for _ in range(4):
+        pace.wait()
+    assert slept == pytest.approx([0, 0.5, 1.0, 1.5])
+    assert Pace(None).gap == 0
+
+
+def test_an_endpoint_that_refuses_ends_it_with_a_line_and_keeps_what_there_is(tmp_path):
+    def closing(body, number):
+        return talkative(body, number) if number <= 12 else (401, {}, {"error": {"message": "no such key"}})
+
+    path = tmp_path / "d.jsonl"
+    with server(closing) as (url, _), pytest.raises(ValueError, match="HTTP 401: no such key"):
+        build(url, path, "--count", 30, "--concurrency", 1)
+    assert len(path.read_text(encoding="utf-8").splitlines()) >= 2
+
+
+def test_roles_without_a_complaint_are_refused_by_line(tmp_path):
+    file = tmp_path / "patients.jsonl"
+    rows = [PATIENTS[0], {**PATIENTS[1], "complaint": " "}]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="patients.jsonl, line 2: no complaint, expected an object with name, person"):
+        load_roles(file, PATIENT_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "--count: found 0, expected 1 or more"),
+        (["--requests_per_minute", "0"], "--requests_per_minute: found 0, expected a number above 0"),
+        (["--price_input", "1"], "--price_input and --price_output: give both"),
+        (["--patients", "none.jsonl"], "--patients: none.jsonl not found"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        build_dialogues.parse_arguments(["--api_base", "http://127.0.0.1:1/v1", "--model", "m", *words])
+
+
+@pytest.mark.distributed
+def test_our_own_server_plays_both_roles(folders, tmp_path):  # noqa: F811
+    """The model is random and its turns are cut off: what counts is that server and tool understand each other."""
+    path = tmp_path / "d.jsonl"
+    with serving(folders, key=None) as (address, _):
+        words = ["--api_base", f"{address}/v1", "--model", "base", "--output_file", path, "--count", 3]
+        command = [sys.executable, ROOT / "tools/build_dialogues.py", *words, "--max_new_tokens", 8]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "0 dialogues" in result.stdout or "3 dialogues" in result.stdout
+    assert "tokens: " in result.stdout and " 0 written" not in result.stdout
