@@ -1,6 +1,7 @@
 """Dialogues played in two roles: who meets whom, what each sees, what is left out, and going on after a stop."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_each_role_sees_the_talk_from_its_own_side(tmp_path):
     for row in rows:
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
         assert not any(word in m["content"] for m in row["messages"] for word in (GOODBYE, "患者：", "医生："))
-    assert {len(row["messages"]) for row in rows} == {4, 6} or {len(row["messages"]) for row in rows} == {4}
+    assert {len(row["messages"]) for row in rows} == {4}, "the patient's goodbye needs no answer"
     first, second, third = (body["messages"] for _, _, body in seen[:3])
     assert [m["role"] for m in first] == ["system", "user"] and first[1]["content"] == OPENING
     assert [m["role"] for m in second] == ["system", "user"] and "只说患者自己的话" not in second[0]["content"]
@@ -186,5 +187,5 @@ def test_our_own_server_plays_both_roles(folders, tmp_path):  # noqa: F811
         command = [sys.executable, ROOT / "tools/build_dialogues.py", *words, "--max_new_tokens", 8]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "0 dialogues" in result.stdout or "3 dialogues" in result.stdout
+    assert re.search(r"d.jsonl: \d dialogues, \d+ turns", result.stdout)
     assert "tokens: " in result.stdout and " 0 written" not in result.stdout
