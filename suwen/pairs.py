@@ -21,12 +21,12 @@ from suwen.synthesis import (
     answer_wording,
     assistant,
     fill,
+    questions_of,
     reading_example,
     reading_prompt,
     rng_of,
     row_of,
     turns,
-    wordings_of,
     wrong_values,
 )
 
@@ -48,7 +48,7 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
         rng = rng_of(source.rules.seed, "pair", entity, item.relation)
         faults = possible_faults(item)
         rng.shuffle(faults)
-        questions = list(wordings_of(item).questions)
+        questions = list(questions_of(item, source, "preference"))
         rng.shuffle(questions)
         for number in range(source.rules.pairs_per_item):
             # half of the pairs get a wrong value and a quarter the answer to another question: these cost recall
@@ -119,7 +119,7 @@ def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterato
         rng = rng_of(source.rules.seed, "reading pair", number)
         passages, told = reading_example(source, rng, heads)
         fact, item = told[0], told[0].item
-        prompt = reading_prompt(fact, passages, rng)
+        prompt = reading_prompt(fact, passages, source, rng)
         rivals = [other.item.values for other in told if other.item.relation == item.relation]
         tempting = [values for values in rivals if not set(values) & set(item.values)]
         wrong = rng.choice(tempting) if tempting else wrong_values(item, source, rng, len(item.values))

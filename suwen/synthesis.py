@@ -37,6 +37,7 @@ class SynthesisRules:
     exams_per_item: int = 1
     dialogues_per_entity: int = 1
     pairs_per_item: int = 2
+    pair_wordings: int = 0  # question wordings of each relation that pairs alone have
     answer_style: Literal["sentence", "value"] = "sentence"
     max_values: int = 8  # of a longer list the first so many are told
     max_reverse: int = 6  # reverse questions only for values with so few answers
@@ -127,6 +128,20 @@ def fill(wording: str, item: Item, values: Sequence[str] | None = None) -> str:
 
 def wordings_of(item: Item) -> Phrasings:
     return phrasings_of(item.relation, item.prose)
+
+
+def questions_of(item: Item, source: Source, stage: Literal["sft", "preference"] = "sft") -> Sequence[str]:
+    """The question wordings of a stage: all, or some for pairs alone and the rest for SFT."""
+    wordings, reserved = list(wordings_of(item).questions), source.rules.pair_wordings
+    if not reserved:
+        return wordings
+    rng_of(source.rules.seed, "question wordings", item.relation, item.prose).shuffle(wordings)
+    reserved = min(reserved, len(wordings) - 1)
+    return wordings[-reserved:] if stage == "preference" else wordings[:-reserved]
+
+
+def question_on(item: Item, source: Source, rng: random.Random) -> str:
+    return fill(rng.choice(questions_of(item, source)), item)
 
 
 def statement(item: Item, rng: random.Random) -> str:
@@ -264,10 +279,9 @@ def reading_example(source: Source, rng: random.Random, heads: Sequence[str]) ->
     return passages, told
 
 
-def reading_prompt(fact: Told, passages: Sequence[Passage], rng: random.Random) -> str:
+def reading_prompt(fact: Told, passages: Sequence[Passage], source: Source, rng: random.Random) -> str:
     """A question with its passages, as retrieval builds it for a served model."""
-    question = fill(rng.choice(wordings_of(fact.item).questions), fact.item)
-    (message,) = with_passages(turns(question), passages)
+    (message,) = with_passages(turns(question_on(fact.item, source, rng)), passages)
     return message["content"]
 
 
@@ -281,14 +295,15 @@ def reading_rows(source: Source, count: int, form: Literal["text", "messages"], 
     for number in range(count if heads else 0):
         rng = rng_of(source.rules.seed, "reading", form, number)
         passages, told = reading_example(source, rng, heads)
-        prompt, answer = reading_prompt(told[0], passages, rng), told[0].cite(answer_to(told[0].item, source, rng))
+        prompt = reading_prompt(told[0], passages, source, rng)
+        answer = told[0].cite(answer_to(told[0].item, source, rng))
         group = source.groups[told[0].item.entity.id]
         if form == "messages":
             yield row_of("reading", group, [told[0].item], messages=turns(prompt, answer))
             continue
         lines = [prompt, f"答：{answer}"]
         for fact in told[1:READING_QUESTIONS]:
-            lines.append("问题：" + fill(rng.choice(wordings_of(fact.item).questions), fact.item))
+            lines.append(f"问题：{question_on(fact.item, source, rng)}")
             lines.append("答：" + fact.cite(answer_to(fact.item, source, rng)))
         yield row_of("reading", group, [fact.item for fact in told[:READING_QUESTIONS]], text="\n".join(lines))
 
@@ -314,7 +329,7 @@ def question_rows(entity: str, source: Source) -> Iterator[Row]:
     rules, group = source.rules, source.groups[entity]
     for item in source.items[entity]:
         rng = rng_of(rules.seed, "question", entity, item.relation)
-        wordings = wordings_of(item).questions
+        wordings = questions_of(item, source)
         for wording in rng.sample(wordings, min(rules.questions_per_item, len(wordings))):
             yield row_of("question", group, [item], messages=turns(fill(wording, item), answer_to(item, source, rng)))
 
@@ -357,7 +372,7 @@ def dialogue_rows(entity: str, source: Source) -> Iterator[Row]:
         rng = rng_of(source.rules.seed, "dialogue", entity, number)
         chosen = rng.sample(items, min(len(items), rng.randint(2, 4)))
         first, *rest = chosen
-        opening = fill(rng.choice(wordings_of(first).questions), first)
+        opening = question_on(first, source, rng)
         if rng.random() < 0.5 and first.entity.type in OPENINGS:
             opening = rng.choice(OPENINGS[first.entity.type]).replace("{e}", first.entity.name) + opening
         texts = [opening, answer_to(first, source, rng)]

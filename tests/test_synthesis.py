@@ -42,6 +42,7 @@ from suwen.synthesis import (
     fill,
     prepare,
     question_rows,
+    questions_of,
     reading_rows,
     replay_rows,
     reverse_rows,
@@ -241,6 +242,20 @@ def test_reading_text_asks_several_questions_of_the_same_passages(reading):
         answers = re.findall(r"^答：(.*)$", row["text"], re.MULTILINE)
         assert len(answers) == len(row["facts"]) == row["text"].count("问题：") >= 4
         assert all(values[fact] in answer for fact, answer in zip(row["facts"], answers, strict=True))
+
+
+def test_pairs_may_have_question_wordings_of_their_own(fictional):
+    source = prepare(fictional.graph, fictional.groups, dataclasses.replace(fictional.rules, pair_wordings=3))
+    reading = prepare(fictional_graph(30, 1, apart_from=source.graph), None, source.rules)
+    item = source.items[heads(source, "A")[0]][0]
+    apart = set(questions_of(item, source, "preference"))
+    assert len(apart) == 3 and apart | set(questions_of(item, source)) == set(wordings_of(item).questions)
+    rows = [row for stage, row in training(source, reading) if stage != "preference" and "messages" in row]
+    asked = [message["content"] for row in rows for message in row["messages"]]
+    paired = [row["prompt"][0]["content"] for head in heads(source, "A") for row in pair_rows(head, source)]
+    words = [part for wording in apart for part in wording.split("{e}") if len(part) > 5]
+    assert not any(part in text for part in words for text in asked)
+    assert any(part in text for part in words for text in paired)
 
 
 def test_copying_rows_say_random_characters_four_times():

@@ -57,6 +57,7 @@ class BuildArguments:
     shuffle: bool = flag(True, "facts of an article in a new order each time")
     questions: int = flag(6, "questions for each relation of an entity, at most")
     pairs: int = flag(2, "preference pairs for each relation of an entity")
+    pair_wordings: int = flag(0, "question wordings of each relation that pairs alone have, as users ask in new ways")
     evaluation: int = flag(300, "entities of each group that evaluation items are made of, at most; the corpus has all")
     reading: float = flag(0.2, "share of reading examples in each stage")
     passages: int = flag(RetrievalSettings.num_passages, "of a question with retrieval; of a reading example, at most")
@@ -84,6 +85,7 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
         ("pairs", 0),
         ("passages", 1),
         ("warmup", 0),
+        ("pair_wordings", 0),
     ):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -163,6 +165,7 @@ def prepare_graph(
         max_wordings=args.wordings,
         questions_per_item=args.questions,
         pairs_per_item=args.pairs,
+        pair_wordings=args.pair_wordings,
         answer_style=args.answers,
         num_passages=args.passages,
     )
