@@ -37,7 +37,6 @@ from suwen.synthesis import (
     Row,
     Source,
     article_rows,
-    copying_rows,
     dialogue_rows,
     exam_rows,
     question_rows,
@@ -47,7 +46,7 @@ from suwen.synthesis import (
     rng_of,
 )
 
-SCHEMAS = {"warmup": "text", "pretrain": "text", "sft": "conversation", "preference": "preference"}
+SCHEMAS = {"warmup": "conversation", "pretrain": "text", "sft": "conversation", "preference": "preference"}
 # What is made of a graph. ChiMed has its graphs in pretraining alone, QiZhen's records become instructions alone.
 PARTS = {
     "graph": ("pretrain", "sft", "exams", "preference"),
@@ -64,7 +63,7 @@ class Shares:
 
     reading: float = 0.2  # reading examples among the rows of each stage
     replay: float = 0.1  # pretraining text among the rows of SFT
-    warmup: int = 0  # rows of copying, with half as many reading examples, for a stage before all others
+    warmup: int = 0  # reading examples for a stage before all others
     evaluated: int = 300  # entities of each group that evaluation items are made of; the corpus has all
 
 
@@ -97,8 +96,7 @@ def graph_rows(
             if evaluated.issuperset(source.heads[relation, value]):
                 yield from (("evaluation", row) for row in reverse_items(relation, value, source))
     number = {stage: _beside(counts[stage], shares.reading) for stage in ("pretrain", "sft", "preference")}
-    yield from (("warmup", row) for row in copying_rows(shares.warmup, source.rules.seed))
-    yield from (("warmup", row) for row in reading_rows(reading, shares.warmup // 2, "text", "AB"))
+    yield from (("warmup", row) for row in reading_rows(reading, shares.warmup, "messages", "AB"))
     yield from (("pretrain", row) for row in reading_rows(reading, number["pretrain"], "text", "AB"))
     yield from (("sft", row) for row in reading_rows(reading, number["sft"], "messages", "A"))
     yield from (("preference", row) for row in reading_pair_rows(reading, number["preference"], "A"))

@@ -8,13 +8,13 @@ Groups: A facts are in pretraining and SFT, B in pretraining alone, C nowhere bu
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from suwen.fictional import name_parts
 from suwen.knowledge_graph import Entity, Graph, Item, is_prose
 from suwen.phrasings import EXAM_PROMPTS, RELATIONS, TITLES, Phrasings, phrasings_of
 from suwen.retrieval.grounding import with_passages
@@ -22,7 +22,7 @@ from suwen.retrieval.passages import Passage, text_passage
 
 Row = dict[str, Any]
 LETTERS = "ABCDE"
-READING_FACTS, READING_QUESTIONS = 4, 6  # told in a passage of a reading example, and asked of it, at most
+READING_FACTS, READING_QUESTIONS = 4, 8  # told in a passage of a reading example, and asked of it, at most
 
 
 @dataclass(frozen=True)
@@ -286,39 +286,27 @@ def reading_prompt(fact: Told, passages: Sequence[Passage], source: Source, rng:
 
 
 def reading_rows(source: Source, count: int, form: Literal["text", "messages"], groups: str = "AB") -> Iterator[Row]:
-    """Reading examples: text for pretraining, with several questions, or messages for SFT; of `groups` alone.
+    """Passages with several questions on them, as text for pretraining or a conversation for SFT; of `groups` alone.
 
-    With a fictional graph use one apart from it (`fictional_graph(..., apart_from=graph)`): then nothing can be known
-    and everything must be read.
+    The first question has the passages before it, as a served model gets them; the others follow it. With a fictional
+    graph use one apart from it (`fictional_graph(..., apart_from=graph)`): then nothing can be known and everything
+    must be read.
     """
     heads = [head for head in source.items if source.groups[head] in groups]
     for number in range(count if heads else 0):
         rng = rng_of(source.rules.seed, "reading", form, number)
         passages, told = reading_example(source, rng, heads)
-        prompt = reading_prompt(told[0], passages, source, rng)
-        answer = told[0].cite(answer_to(told[0].item, source, rng))
-        group = source.groups[told[0].item.entity.id]
+        told = told[:READING_QUESTIONS]
+        texts = [reading_prompt(told[0], passages, source, rng)]
+        for fact, following in zip(told, [*told[1:], None], strict=True):
+            texts.append(fact.cite(answer_to(fact.item, source, rng)))
+            texts += [question_on(following.item, source, rng)] if following else []
+        group, items = source.groups[told[0].item.entity.id], [fact.item for fact in told]
         if form == "messages":
-            yield row_of("reading", group, [told[0].item], messages=turns(prompt, answer))
-            continue
-        lines = [prompt, f"答：{answer}"]
-        for fact in told[1:READING_QUESTIONS]:
-            lines.append(f"问题：{question_on(fact.item, source, rng)}")
-            lines.append("答：" + fact.cite(answer_to(fact.item, source, rng)))
-        yield row_of("reading", group, [fact.item for fact in told[:READING_QUESTIONS]], text="\n".join(lines))
-
-
-def copying_rows(count: int, seed: int) -> Iterator[Row]:
-    """Random characters, said four times: what can be foretold of them must be copied.
-
-    A model that has met nothing else learns here to look back for what followed before (induction; Olsson et al. 2022,
-    arXiv:2209.11895), which reading answers out of passages is built on.
-    """
-    characters = sorted(set("".join(name_parts())))
-    for number in range(count):
-        rng = rng_of(seed, "copying", number)
-        string = "".join(rng.sample(characters, rng.randint(4, 16)))
-        yield row_of("copying", "", [], text="。".join([string] * 4) + "。")
+            yield row_of("reading", group, items, messages=turns(*texts))
+        else:
+            marks = ["", *itertools.islice(itertools.cycle(("\n答：", "\n问题：")), len(texts) - 1)]
+            yield row_of("reading", group, items, text="".join(map("".join, zip(marks, texts, strict=True))))
 
 
 # ------------------------------------------------------------------------------------------------------------------ SFT

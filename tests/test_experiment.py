@@ -69,7 +69,7 @@ def test_an_own_model_starts_the_first_stage_and_learns_by_lora(planned, monkeyp
 
 def test_retrieval_adds_reading_to_the_data_and_passages_to_the_questions(planned):
     commands = planned("--size", "full")
-    assert files(commands)[1:5] == ["run_pt.sh", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
+    assert files(commands)[1:5] == ["run_sft.sh", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
     data, warmup, pt, sft, dpo = (words for _, words in commands[:5])
     assert float(flag_of(data, "--reading")) > 0 and int(flag_of(data, "--warmup")) > 0
     assert [flag_of(words, "--eval_tasks") for words in (warmup, pt, sft, dpo)] == [

@@ -36,7 +36,6 @@ from suwen.retrieval.grounding import INSTRUCTION
 from suwen.synthesis import (
     SynthesisRules,
     article_rows,
-    copying_rows,
     dialogue_rows,
     exam_rows,
     fill,
@@ -226,17 +225,20 @@ def test_reading_examples_are_asked_as_retrieval_asks_and_answered_from_the_pass
     values = {fact.id: fact.value for fact in reading.graph.facts}
     counts = Counter()
     for row in reading_rows(reading, 100, "messages", "A"):
-        prompt, answer = (message["content"] for message in row["messages"])
-        (fact,) = row["facts"]
-        name = reading.graph.entities[fact.split(".")[0]].name
+        prompt, *others = (message["content"] for message in row["messages"])
         passages = re.findall(r"^\[(\d)\] (.*)\n(.*)$", prompt, re.MULTILINE)
         counts[len(passages)] += 1
-        (cited,) = [number for number, title, text in passages if title == name and values[fact] in text]
-        assert answer.endswith(f"[{cited}]。") and values[fact] in answer and prompt.startswith(INSTRUCTION)
+        assert prompt.startswith(INSTRUCTION) and len(row["facts"]) == len(others[::2]) == min(8, 4 * len(passages))
+        for fact, answer in zip(row["facts"], others[::2], strict=True):
+            name = reading.graph.entities[fact.split(".")[0]].name
+            (cited,) = [number for number, title, text in passages if title == name and values[fact] in text]
+            assert answer.endswith(f"[{cited}]。") and values[fact] in answer
+        for fact, question in zip(row["facts"][1:], others[1::2], strict=True):
+            assert reading.graph.entities[fact.split(".")[0]].name in question
     assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 10
 
 
-def test_reading_text_asks_several_questions_of_the_same_passages(reading):
+def test_reading_text_asks_the_same_in_a_row(reading):
     values = {fact.id: fact.value for fact in reading.graph.facts}
     for row in reading_rows(reading, 20, "text", "A"):
         answers = re.findall(r"^答：(.*)$", row["text"], re.MULTILINE)
@@ -256,14 +258,6 @@ def test_pairs_may_have_question_wordings_of_their_own(fictional):
     words = [part for wording in apart for part in wording.split("{e}") if len(part) > 5]
     assert not any(part in text for part in words for text in asked)
     assert any(part in text for part in words for text in paired)
-
-
-def test_copying_rows_say_random_characters_four_times():
-    rows = list(copying_rows(50, 1))
-    assert rows == list(copying_rows(50, 1)) and len({row["text"] for row in rows}) == 50
-    for row in rows:
-        first, *others = row["text"].rstrip("。").split("。")
-        assert others == [first] * 3 and len(set(first)) == len(first) and 4 <= len(first) <= 16
 
 
 def test_groups_keep_apart_and_no_wording_leaks(fictional, reading):

@@ -62,9 +62,7 @@ class BuildArguments:
     reading: float = flag(0.2, "share of reading examples in each stage")
     passages: int = flag(RetrievalSettings.num_passages, "of a question with retrieval; of a reading example, at most")
     replay: float = flag(0.1, "share of pretraining text replayed in SFT")
-    warmup: int = flag(
-        0, "rows of copying, and half as many of reading, for an untrained model; fictional recipe alone"
-    )
+    warmup: int = flag(0, "reading examples for a stage before all others; with --recipe fictional")
     answers: Literal["sentence", "value"] = flag("sentence", "answers as sentences, or the bare values")
     pii: Literal["off", "report", "mask"] = flag("report", "personal data: count it, or replace it too")
     min_chinese: float = flag(0.3, "share of Chinese among the letters of a row of other sources")

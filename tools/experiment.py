@@ -12,7 +12,7 @@ neither. After every stage the model is asked in wordings that it has never seen
 the passages that a search finds. DIR/seed-1/report.html compares the stages, DIR/stages.png and DIR/results.json
 show all seeds. The same command again goes on where it stopped.
 
-Stages: warmup (to copy and to read, before any fact), pt, sft, dpo, orpo, rm, ppo (by the reward model rm), retrieval.
+Stages: warmup (to read passages, before any fact is learnt), pt, sft, dpo, orpo, rm, ppo (by the reward model rm), retrieval.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from suwen.arguments import OneLineParser, run
 ROOT = Path(__file__).resolve().parents[1]
 # stage -> (launcher, folder of its data)
 LAUNCHERS = {
-    "warmup": ("run_pt.sh", "warmup"),
+    "warmup": ("run_sft.sh", "warmup"),
     "pt": ("run_pt.sh", "pretrain"),
     "sft": ("run_sft.sh", "sft"),
     "dpo": ("run_dpo.sh", "preference"),
@@ -52,7 +52,7 @@ DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"
 EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 12, "sft": 6}}
 DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3 --passages 2"
 PASSES = 40  # articles on each entity in an epoch of pretraining
-READING, WARM_UP = 0.2, 6000  # with retrieval: share of reading examples in each stage; rows of the warm-up
+READING, WARM_UP = 0.2, 3000  # with retrieval: share of reading examples in each stage; rows of the warm-up
 # All weights of the tiny model are trained, by LoRA from DPO on; a model of one's own is trained by LoRA throughout.
 TINY = "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
 TINY_FLAGS = {
