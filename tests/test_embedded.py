@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from suwen.embedded import PROJECT_ROOT, VOCABULARY_SIZE, build_embedded_model, sample_files, sample_texts
+from suwen.fictional import name_parts
 from template import TEMPLATES
 
 pytestmark = pytest.mark.training
@@ -132,15 +133,14 @@ def test_nothing_is_added_to_a_text(folder):
     assert not set(tokenizer("患者发热。").input_ids) & set(tokenizer.all_special_ids)
 
 
-def test_a_token_is_a_character_or_a_short_word(folder):
+def test_a_token_is_one_chinese_character_or_a_word_of_other_letters(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = list(sample_texts())
-    ids = tokenizer(texts).input_ids
-    assert sum(map(len, texts)) / sum(map(len, ids)) > 1  # no character of the samples costs its three bytes
-    tokens = [tokenizer.decode([index]) for index in range(4, VOCABULARY_SIZE)]
-    chinese = [token for token in tokens if all("\u4e00" <= character <= "\u9fff" for character in token)]
-    assert len(chinese) > 1000 and sum(len(token) == 1 for token in chinese) > 0.95 * len(chinese)
-    assert max(map(len, tokens)) <= 6 and not any("，" in token[1:] for token in tokens)
+    texts = [*sample_texts(), *name_parts()]
+    characters = {character for text in texts for character in text if "\u4e00" <= character <= "\u9fff"}
+    whole = [character for character in characters if len(tokenizer(character).input_ids) == 1]
+    assert len(whole) > 0.99 * len(characters) > 1600
+    for token in map(tokenizer.decode, range(4, len(tokenizer))):
+        assert len(token) == 1 or token.replace("\ufffd", "").strip().isascii()
 
 
 def test_the_chat_template_is_chatml_and_its_marks_are_single_tokens(folder):

@@ -12,7 +12,7 @@ neither. After every stage the model is asked in wordings that it has never seen
 the passages that a search finds. DIR/seed-1/report.html compares the stages, DIR/stages.png and DIR/results.json
 show all seeds. The same command again goes on where it stopped.
 
-Stages: warmup (to read passages, before any fact is learnt), pt, sft, dpo, orpo, rm, ppo (by the reward model rm), retrieval.
+Stages: warmup (reading passages, before any fact is learnt), pt, sft, dpo, orpo, rm, ppo (by rm), retrieval.
 """
 
 from __future__ import annotations
