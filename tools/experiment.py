@@ -50,7 +50,7 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
 EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 12, "sft": 6}}
-DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3 --passages 1"
+DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3 --passages 2"
 PASSES = 40  # articles on each entity in an epoch of pretraining
 READING, WARM_UP = 0.1, 5000  # with retrieval: share of reading examples in each stage; rows of the warm-up
 # All weights of the tiny model are trained, by LoRA from DPO on; a model of one's own is trained by LoRA throughout.
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     final = final if final.is_dir() else experiment.folder / evaluations[-1]
     words = [sys.executable, "inference.py", "--base_model", str(final), "--interactive"]
     if "retrieval" in args.stages:
-        words += ["--knowledge_index", str(experiment.folder / "data" / "knowledge"), "--num_passages", "1"]
+        words += ["--knowledge_index", str(experiment.folder / "data" / "knowledge"), "--num_passages", "2"]
     print(f"\nDone in {time.monotonic() - began:.0f} s. Talk to it: {shlex.join(words)}")
 
 
