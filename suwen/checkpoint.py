@@ -46,7 +46,7 @@ def save_checkpoint(
     Args:
         write: fills the folder that it is given with this rank's part.
         about: what the manifest says beside step and files.
-        needed_bytes: what the checkpoint is expected to take.
+        needed_bytes: what the checkpoint is expected to take, if it is more than the last one took.
         limit: so many checkpoints are kept; None for all.
         keep: steps whose checkpoints are kept beside them.
         main: this rank makes the folder and publishes it.
@@ -60,7 +60,9 @@ def save_checkpoint(
         if main:
             remove_unfinished(output_dir)
             folder.mkdir(parents=True)
-            require_space(output_dir, needed_bytes)
+            last = list_checkpoints(output_dir)[-1:]
+            taken = sum(path.stat().st_size for path in files_below(last[0])) if last else 0
+            require_space(output_dir, max(needed_bytes, taken))
         wait()
         write(folder)
         wait()
@@ -71,12 +73,13 @@ def save_checkpoint(
         wait()
         return target
     except (OSError, RuntimeError, SafetensorError) as error:
+        free = f"{shutil.disk_usage(output_dir).free / 1e9:.2f} GB are free"
         if main:
             shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
         whole = list_checkpoints(output_dir)
-        last = f"the last whole one is {whole[-1]}, the same command goes on from it" if whole else "there is none yet"
+        on = f"the last whole one is {whole[-1]}, the same command goes on from it" if whole else "there is none yet"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"step {step}: the checkpoint could not be written ({reason}); {last}") from error
+        raise ValueError(f"step {step}: the checkpoint could not be written ({reason}; {free}); {on}") from error
 
 
 def require_space(output_dir: Path, needed_bytes: int) -> None:
@@ -86,7 +89,7 @@ def require_space(output_dir: Path, needed_bytes: int) -> None:
     """
     free = shutil.disk_usage(output_dir).free
     if free < SPARE_SPACE * needed_bytes:
-        raise OSError(errno.ENOSPC, f"{output_dir} has {free / 1e9:.2f} GB free, needs {needed_bytes / 1e9:.2f} GB")
+        raise OSError(errno.ENOSPC, f"needs {needed_bytes / 1e9:.2f} GB on the disk of {output_dir}")
 
 
 def publish(folder: Path, target: Path, about: dict[str, Any]) -> None:

@@ -173,7 +173,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_so(tmp_path):
 def test_space_is_asked_for_before_anything_is_written(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     written: list[Path] = []
-    with pytest.raises(ValueError, match="GB free, needs .* there is none yet"):
+    with pytest.raises(ValueError, match="needs .* GB on the disk of .* GB are free.*there is none yet"):
         save_checkpoint(tmp_path, 1, written.append, {}, needed_bytes=2 * free)
     assert not written
 

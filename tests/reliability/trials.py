@@ -52,7 +52,7 @@ def write_rows(file: Path, stage: str, count: int = 24) -> str:
 def words(stage: str, base: str, data: str, output: Path, *more: str) -> list[str]:
     """A command line whose run takes a second; its encoded data is kept beside the data."""
     found = f"""--model_name_or_path {base} --train_file_dir {data} --output_dir {output} --cache_dir {data}.cache
-        --num_proc 1 --bf16 False --use_cpu --max_length 128 --validation_split_fraction 0 --report_to none
+        --num_proc 1 --bf16 False --use_cpu --max_length 256 --validation_split_fraction 0 --report_to none
         --gradient_accumulation_steps 2 --logging_steps 1 --disable_tqdm True --learning_rate 1e-3"""
     if stage == "ppo":
         found += """ --max_new_tokens 6 --per_device_train_batch_size 2 --num_ppo_epochs 2 --num_mini_batches 2
