@@ -8,14 +8,15 @@ unfinished one, never half of one under its final name. All ranks must see the s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,57 +30,88 @@ SPARE_SPACE = 1.05  # of what a checkpoint is expected to take
 # Writing
 
 
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    write: Callable[[Path], None],
-    about: dict[str, Any],
-    *,
-    needed_bytes: int = 0,
-    limit: int | None = None,
-    keep: Collection[int] = (),
-    main: bool = True,
-    wait: Callable[[], object] = lambda: None,
-) -> Path:
-    """Write, publish and rotate; every rank takes part.
+class Saves:
+    """The checkpoints that a run writes: all ranks write and wait, then one of them publishes while they go on.
 
-    Args:
-        write: fills the folder that it is given with this rank's part.
-        about: what the manifest says beside step and files.
-        needed_bytes: what the checkpoint is expected to take, if it is more than the last one took.
-        limit: so many checkpoints are kept; None for all.
-        keep: steps whose checkpoints are kept beside them.
-        main: this rank makes the folder and publishes it.
-        wait: returns when all ranks have called it.
-
-    Raises:
-        ValueError: the disk is full, or does not take the files; older checkpoints are untouched.
+    Hashing and flushing take as long as writing does; the training does not stand still for them.
     """
-    folder = output_dir / UNFINISHED / f"checkpoint-{step}"
-    try:
-        if main:
-            remove_unfinished(output_dir)
-            folder.mkdir(parents=True)
-            last = list_checkpoints(output_dir)[-1:]
-            taken = sum(path.stat().st_size for path in files_below(last[0])) if last else 0
-            require_space(output_dir, max(needed_bytes, taken))
-        wait()
-        write(folder)
-        wait()
-        target = output_dir / folder.name
-        if main:
-            publish(folder, target, {"step": step, **about})
-            rotate(output_dir, limit, keep)
-        wait()
-        return target
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = f"{shutil.disk_usage(output_dir).free / 1e9:.2f} GB are free"
-        if main:
-            shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
-        whole = list_checkpoints(output_dir)
-        on = f"the last whole one is {whole[-1]}, the same command goes on from it" if whole else "there is none yet"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"step {step}: the checkpoint could not be written ({reason}; {free}); {on}") from error
+
+    def __init__(self, output_dir: Path, main: bool = True, wait: Callable[[], object] = lambda: None) -> None:
+        """
+        Args:
+            main: this rank makes the folders and publishes them.
+            wait: returns when all ranks have called it.
+        """
+        self.output_dir, self.main, self.wait = output_dir, main, wait
+        self._publisher = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        about: dict[str, Any],
+        *,
+        needed_bytes: int = 0,
+        limit: int | None = None,
+        keep: Collection[int] = (),
+    ) -> None:
+        """Write a checkpoint, and begin to publish it; every rank takes part.
+
+        Args:
+            write: fills the folder that it is given with this rank's part.
+            about: what the manifest says beside step and files.
+            needed_bytes: what the checkpoint is expected to take, if it is more than the last one took.
+            limit: so many checkpoints are kept; None for all.
+            keep: steps whose checkpoints are kept beside them.
+
+        Raises:
+            ValueError: the disk is full, or does not take the files; older checkpoints are untouched.
+        """
+        folder = self.output_dir / UNFINISHED / f"checkpoint-{step}"
+        self.finish()
+        with self._explained(step):
+            if self.main:
+                remove_unfinished(self.output_dir)
+                folder.mkdir(parents=True)
+                last = list_checkpoints(self.output_dir)[-1:]
+                taken = sum(path.stat().st_size for path in files_below(last[0])) if last else 0
+                require_space(self.output_dir, max(needed_bytes, taken))
+            self.wait()
+            write(folder)
+            self.wait()
+        if self.main:
+            self._pending = self._publisher.submit(self._publish, folder, {"step": step, **about}, limit, keep)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is published.
+
+        Raises:
+            ValueError: the disk did not take it.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _publish(self, folder: Path, about: dict[str, Any], limit: int | None, keep: Collection[int]) -> None:
+        with self._explained(about["step"]):
+            publish(folder, self.output_dir / folder.name, about)
+            rotate(self.output_dir, limit, keep)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = f"{shutil.disk_usage(self.output_dir).free / 1e9:.2f} GB are free"
+            if self.main:
+                shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
+            whole = list_checkpoints(self.output_dir)
+            on = (
+                f"the last whole one is {whole[-1]}, the same command goes on from it" if whole else "there is none yet"
+            )
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"step {step}: the checkpoint could not be written ({reason}; {free}); {on}") from error
 
 
 def require_space(output_dir: Path, needed_bytes: int) -> None:

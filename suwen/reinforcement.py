@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from suwen import checkpoint as checkpoints
 from suwen import stage
 from suwen.arguments import StageArguments
-from suwen.checkpoint import list_checkpoints, named_step
+from suwen.checkpoint import Saves, list_checkpoints, named_step
 from suwen.failures import explained
 from suwen.interruption import StopSignals
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
@@ -227,7 +226,7 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path, about: dict[str, Any] 
     There is no random state: see `suwen.ppo`.
 
     Args:
-        about: see `suwen.checkpoint.save_checkpoint`.
+        about: see `suwen.checkpoint.Saves`.
     """
 
     def write(folder: Path) -> None:
@@ -240,17 +239,17 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path, about: dict[str, Any] 
             write_state(trainer, folder)
 
     best = best_evaluation(trainer.history)
-    checkpoints.save_checkpoint(
-        output,
+    saves = Saves(output, main_process(), trainer.accelerator.wait_for_everyone)
+    saves.save(
         trainer.step,
         write,
         about or {},
         needed_bytes=state_bytes(trainer.policy, trainer.raw_optimizer, trainer.is_deepspeed_enabled),
         limit=trainer.args.save_total_limit,
         keep=[best["step"]] if best else [],
-        main=main_process(),
-        wait=trainer.accelerator.wait_for_everyone,
     )
+    saves.finish()
+    trainer.accelerator.wait_for_everyone()
 
 
 def write_tensors(trainer: PolicyTrainer, folder: Path) -> None:

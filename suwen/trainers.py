@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import collate_ends, collate_pairs, collate_rows, pair_length
-from suwen.checkpoint import save_checkpoint
+from suwen.checkpoint import Saves
 from suwen.interruption import StopSignals
 from suwen.lineage import read_json
 from suwen.models import without_dropout
@@ -103,6 +103,7 @@ class PackedTrainer(Trainer):
         self.signals = StopSignals()
         self.stop_agreed = False
         self.nonfinite = NonFinite(processing_class, Path(args.output_dir))
+        self.saves = Saves(Path(args.output_dir), args.process_index == 0, self.accelerator.wait_for_everyone)
 
     @classmethod
     def packs(cls, rows: Any, capacity: int, at_once: int = 1) -> Packs:
@@ -237,16 +238,13 @@ class PackedTrainer(Trainer):
             state.save_to_json(str(folder / "trainer_state.json"))  # again: the library wrote the path that it saw
             write_json(folder / UNLOGGED, unlogged)
 
-        save_checkpoint(
-            output,
+        self.saves.save(
             step,
             write,
             self.about,
             needed_bytes=state_bytes(self.model, self.optimizer, self.is_deepspeed_enabled),
             limit=self.args.save_total_limit,
             keep=[state.best_global_step] if state.best_global_step else [],
-            main=self.args.process_index == 0,
-            wait=self.accelerator.wait_for_everyone,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -275,10 +273,14 @@ class PackedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.saves.finish()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.go_on()  # where no epoch was left
+        self.saves.finish()  # the best checkpoint may be loaded now
         return super()._finalize_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -16,12 +16,12 @@ from suwen import checkpoint as module
 from suwen.checkpoint import (
     MANIFEST,
     UNFINISHED,
+    Saves,
     find_checkpoint,
     find_damage,
     identity_difference,
     list_checkpoints,
     read_manifest,
-    save_checkpoint,
     set_aside,
 )
 from suwen.locking import hold
@@ -38,7 +38,11 @@ def save(folder: Path, step: int, **options) -> Path:
             (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(content)
 
-    return save_checkpoint(folder, step, write, {"identity": {"seed": 1}}, **options)
+    folder.mkdir(exist_ok=True)
+    saves = Saves(folder, wait=options.pop("wait", lambda: None))
+    saves.save(step, write, {"identity": {"seed": 1}}, **options)
+    saves.finish()
+    return folder / f"checkpoint-{step}"
 
 
 def test_the_manifest_names_every_file_with_its_size_and_hash(tmp_path):
@@ -163,18 +167,28 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_so(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ValueError, match="step 6: .*No space left on device.*the last whole one is .*checkpoint-5"):
-        save_checkpoint(tmp_path, 6, write, {})
+        Saves(tmp_path).save(6, write, {})
     assert find_checkpoint(tmp_path, "auto") == (
         tmp_path / "checkpoint-5",
         [f"going on from {tmp_path}/checkpoint-5, verified"],
     )
 
 
+def test_a_failed_publication_is_told_at_the_next_save_or_at_the_end(tmp_path):
+    saves = Saves(save(tmp_path, 5).parent)
+    for end in (saves.finish, lambda: saves.save(8, lambda folder: None, {})):
+        saves.save(7, lambda folder: (folder / "gone").symlink_to(tmp_path / "nowhere"), {})
+        with pytest.raises(ValueError, match="step 7: .*No such file.*the last whole one is .*checkpoint-5"):
+            end()
+    saves.finish()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
 def test_space_is_asked_for_before_anything_is_written(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     written: list[Path] = []
     with pytest.raises(ValueError, match="needs .* GB on the disk of .* GB are free.*there is none yet"):
-        save_checkpoint(tmp_path, 1, written.append, {}, needed_bytes=2 * free)
+        Saves(tmp_path).save(1, written.append, {}, needed_bytes=2 * free)
     assert not written
 
 

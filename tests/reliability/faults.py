@@ -6,10 +6,17 @@ import os
 import resource
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-WATCHED = ("suwen/checkpoint.py", "suwen/trainers.py", "transformers/trainer.py", "torch/serialization.py")
+WATCHED = (
+    "suwen/checkpoint.py",
+    "suwen/trainers.py",
+    "transformers/trainer.py",
+    "torch/serialization.py",
+    "/shutil.py",
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,15 @@ class KillInSave:
             if not file.endswith(WATCHED) or not (aside.exists() or target.exists()):
                 return
             if self.call:
-                name = argument.__name__ if event == "c_call" else frame.f_code.co_name if event == "call" else ""
-                reached = name == self.call and file.endswith(WATCHED[0])
+                reached = event == "c_call" and argument.__name__ == self.call and file.endswith(WATCHED[0])
+                reached |= event == "call" and frame.f_code.co_name == self.call
             else:
                 reached = sum(path.is_file() for path in aside.rglob("*")) >= self.files
             if reached:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(look)
+        threading.setprofile(look)
 
 
 @dataclass(frozen=True)

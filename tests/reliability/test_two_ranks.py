@@ -26,7 +26,8 @@ def start(folder: Path, stage: str, *more: str) -> tuple[subprocess.Popen, Path]
         "--config_file",
         str(ROOT / "configs" / "ddp.yaml"),
     ]
-    launcher += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", str(ROOT / f"{trials.SCRIPTS[stage]}.py")]
+    launcher += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launcher += [str(ROOT / f"{trials.SCRIPTS[stage]}.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     log = open(folder / "log", "w")
     process = subprocess.Popen(
