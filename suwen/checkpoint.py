@@ -4,6 +4,11 @@ A save goes into `.unfinished/checkpoint-N` in the output folder, which is the s
 its part, each file is hashed and flushed to the disk, MANIFEST.json is written, and one rename makes it `checkpoint-N`;
 older ones are deleted only then. So a process that is killed at any moment leaves whole checkpoints and perhaps an
 unfinished one, never half of one under its final name. All ranks must see the same disk.
+
+Weights are safetensors. Optimizer, schedule and random states are written by the library as pickles and read without
+their code (`weights_only`), those of DeepSpeed and FSDP with it; so a run goes on only from below its own output
+folder, and only after the manifest has verified. The manifest tells damage; it is no signature: who can write into the
+output folder of a run under DeepSpeed or FSDP can make that run execute code.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ class Saves:
             wait: returns when all ranks have called it.
         """
         self.output_dir, self.main, self.wait = output_dir, main, wait
+        self.saved_step: int | None = None
         self._publisher = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -56,7 +62,7 @@ class Saves:
         limit: int | None = None,
         keep: Collection[int] = (),
     ) -> None:
-        """Write a checkpoint, and begin to publish it; every rank takes part.
+        """Write a checkpoint, and begin to publish it; every rank takes part. A step is saved once.
 
         Args:
             write: fills the folder that it is given with this rank's part.
@@ -68,6 +74,8 @@ class Saves:
         Raises:
             ValueError: the disk is full, or does not take the files; older checkpoints are untouched.
         """
+        if step == self.saved_step:  # at its end, and again at the end of the epoch that a signal has cut short
+            return
         folder = self.output_dir / UNFINISHED / f"checkpoint-{step}"
         self.finish()
         with self._explained(step):
@@ -80,6 +88,7 @@ class Saves:
             self.wait()
             write(folder)
             self.wait()
+        self.saved_step = step
         if self.main:
             self._pending = self._publisher.submit(self._publish, folder, {"step": step, **about}, limit, keep)
 

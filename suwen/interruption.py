@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 from suwen.progress import main_process, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL_SECONDS = 3.0  # a launcher passes on what its processes have got from the terminal or the scheduler already
 
 
 class StopSignals:
@@ -21,6 +23,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -31,8 +34,12 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received:
+            if time.monotonic() - self._at > SAME_SIGNAL_SECONDS:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._at = number, time.monotonic()
         if main_process():  # not by print, whose buffer may be in use at this moment
             name = signal.Signals(number).name
             os.write(1, f"\n{name}: stopping after this step, with a checkpoint; once more to stop at once\n".encode())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -28,7 +30,10 @@ def hold(output_dir: Path) -> None:
     file = open(path, "a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"note: {output_dir} is on a disk without locks ({error.strerror})", file=sys.stderr, flush=True)
+            return
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()

@@ -453,7 +453,9 @@ def memory_setting(trainer: Any, args: StageArguments) -> Setting:
 
 
 def changed_since(data: PreparedData) -> list[str]:
-    """A line for each file that is no longer what this run has read."""
+    """A line for each file that is no longer what this run has read; of the main process."""
+    if not main_process():
+        return []
     return [
         f"note: {path} has changed since this run read it; what it held then was trained"
         for path in changed_files(data.report.contents)

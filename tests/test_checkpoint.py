@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from suwen import checkpoint as module
+from suwen import interruption
 from suwen.checkpoint import (
     MANIFEST,
     UNFINISHED,
@@ -24,6 +27,7 @@ from suwen.checkpoint import (
     read_manifest,
     set_aside,
 )
+from suwen.interruption import StopSignals
 from suwen.locking import hold
 from suwen.records import command_without_secrets, without_secrets
 from suwen.saved_weights import require_equal
@@ -174,11 +178,19 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_so(tmp_path):
     )
 
 
+def test_a_step_is_saved_once(tmp_path):
+    saves, written = Saves(tmp_path), []
+    for step in (3, 3, 4):
+        saves.save(step, written.append, {})
+    saves.finish()
+    assert [path.name for path in written] == ["checkpoint-3", "checkpoint-4"]
+
+
 def test_a_failed_publication_is_told_at_the_next_save_or_at_the_end(tmp_path):
     saves = Saves(save(tmp_path, 5).parent)
-    for end in (saves.finish, lambda: saves.save(8, lambda folder: None, {})):
-        saves.save(7, lambda folder: (folder / "gone").symlink_to(tmp_path / "nowhere"), {})
-        with pytest.raises(ValueError, match="step 7: .*No such file.*the last whole one is .*checkpoint-5"):
+    for step, end in ((6, saves.finish), (7, lambda: saves.save(8, lambda folder: None, {}))):
+        saves.save(step, lambda folder: (folder / "gone").symlink_to(tmp_path / "nowhere"), {})
+        with pytest.raises(ValueError, match=f"step {step}: .*No such file.*the last whole one is .*checkpoint-5"):
             end()
     saves.finish()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
@@ -215,6 +227,21 @@ def test_a_folder_is_held_by_one_process_and_free_when_that_one_is_dead(tmp_path
         hold(tmp_path)
     expected = f"ValueError: --output_dir {tmp_path}: in use by process {os.getpid()} on "
     assert hold_in_another_process(tmp_path).startswith(expected)
+
+
+def test_a_signal_is_noted_and_a_later_one_ends_the_process(monkeypatch, capfd):
+    with StopSignals() as signals:
+        for _ in range(2):  # the second passed on by a launcher
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr(interruption, "SAME_SIGNAL_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert capfd.readouterr().out.count("SIGINT: stopping after this step") == 1
+    with pytest.raises(SystemExit) as end:
+        signals.leave(7)
+    assert end.value.code == 130
 
 
 def test_weights_that_are_not_those_in_memory_are_found(tmp_path):
