@@ -3,6 +3,7 @@
 #     bash run_tests.sh            lint, types, all tests but slow ones (under 15 minutes on two cores)
 #     bash run_tests.sh --fast     under a minute: no training, no second process, no set-up
 #     bash run_tests.sh --all      everything
+#     bash run_tests.sh --reliability   faults injected into real runs, the long form, with a table (half an hour)
 # Further arguments go to pytest: bash run_tests.sh -k template
 set -eu
 cd "$(dirname "$0")"
@@ -10,13 +11,14 @@ root=.
 . "$root/configs/launch.sh"
 
 if wants_help "$@"; then
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
     exit 0
 fi
 markers="not slow"
 case ${1:-} in
     --fast) markers="not slow and not training and not distributed and not setup and not gpu" && shift ;;
     --all) markers="" && shift ;;
+    --reliability) markers="" && shift && set -- tests/reliability "$@" ;;
 esac
 
 prepare_environment requirements-dev.txt

@@ -175,7 +175,11 @@ class RunArguments:
     output_dir: str = flag("", "everything that the run leaves")
     logging_dir: str | None = flag(None, "TensorBoard logs (tensorboard in the output folder)")
     resume: str = flag(
-        "auto", "auto: go on from the newest whole checkpoint; never: start anew; or a checkpoint folder"
+        "auto", "auto: go on from the newest checkpoint that verifies; never: start anew; or a checkpoint folder"
+    )
+    resume_force: bool = flag(False, "go on although data, model or arguments are not those of the checkpoint")
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "at a loss or gradient that is no number: stop and name the rows, or leave the step out and go on"
     )
     eval_tasks: str | None = flag(
         None, "benchmarks that the result is asked, e.g. own or cmexam,huatuo (see evaluation.py), into <output>/eval"

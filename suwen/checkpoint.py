@@ -1,80 +1,336 @@
-"""Checkpoints of a run: which one to go on from, and whether it belongs to this run."""
+"""Checkpoints, whole or not there: written aside, hashed, published by one rename, verified before they are used.
+
+A save goes into `.unfinished/checkpoint-N` in the output folder, which is the same disk. When every rank has written
+its part, each file is hashed and flushed to the disk, MANIFEST.json is written, and one rename makes it `checkpoint-N`;
+older ones are deleted only then. So a process that is killed at any moment leaves whole checkpoints and perhaps an
+unfinished one, never half of one under its final name. All ranks must see the same disk.
+
+Weights are safetensors. Optimizer, schedule and random states are written by the library as pickles and read without
+their code (`weights_only`), those of DeepSpeed and FSDP with it; so a run goes on only from below its own output
+folder, and only after the manifest has verified. The manifest tells damage; it is no signature: who can write into the
+output folder of a run under DeepSpeed or FSDP can make that run execute code.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
+import os
+import shutil
 import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-WEIGHTS = ("*.safetensors", "global_step*", "pytorch_model_fsdp*", "*/*.distcp")
+from safetensors import SafetensorError
+
+MANIFEST, UNFINISHED = "MANIFEST.json", ".unfinished"
+HASHING_THREADS = 4  # hashlib leaves Python's lock, and one file is flushed while another is hashed
+SPARE_SPACE = 1.05  # of what a checkpoint is expected to take
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """The trainer writes trainer_state.json last, so a checkpoint without a readable one was cut short."""
+# Writing
+
+
+class Saves:
+    """The checkpoints that a run writes: all ranks write and wait, then one of them publishes while they go on.
+
+    Hashing and flushing take as long as writing does; the training does not stand still for them.
+    """
+
+    def __init__(self, output_dir: Path, main: bool = True, wait: Callable[[], object] = lambda: None) -> None:
+        """
+        Args:
+            main: this rank makes the folders and publishes them.
+            wait: returns when all ranks have called it.
+        """
+        self.output_dir, self.main, self.wait = output_dir, main, wait
+        self.saved_step: int | None = None
+        self._publisher = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        about: dict[str, Any],
+        *,
+        needed_bytes: int = 0,
+        limit: int | None = None,
+        keep: Collection[int] = (),
+    ) -> None:
+        """Write a checkpoint, and begin to publish it; every rank takes part. A step is saved once.
+
+        Args:
+            write: fills the folder that it is given with this rank's part.
+            about: what the manifest says beside step and files.
+            needed_bytes: what the checkpoint is expected to take, if it is more than the last one took.
+            limit: so many checkpoints are kept; None for all.
+            keep: steps whose checkpoints are kept beside them.
+
+        Raises:
+            ValueError: the disk is full, or does not take the files; older checkpoints are untouched.
+        """
+        if step == self.saved_step:  # at its end, and again at the end of the epoch that a signal has cut short
+            return
+        folder = self.output_dir / UNFINISHED / f"checkpoint-{step}"
+        self.finish()
+        with self._explained(step):
+            if self.main:
+                remove_unfinished(self.output_dir)
+                folder.mkdir(parents=True)
+                last = list_checkpoints(self.output_dir)[-1:]
+                taken = sum(path.stat().st_size for path in files_below(last[0])) if last else 0
+                require_space(self.output_dir, max(needed_bytes, taken))
+            self.wait()
+            write(folder)
+            self.wait()
+        self.saved_step = step
+        if self.main:
+            self._pending = self._publisher.submit(self._publish, folder, {"step": step, **about}, limit, keep)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is published.
+
+        Raises:
+            ValueError: the disk did not take it.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _publish(self, folder: Path, about: dict[str, Any], limit: int | None, keep: Collection[int]) -> None:
+        with self._explained(about["step"]):
+            publish(folder, self.output_dir / folder.name, about)
+            rotate(self.output_dir, limit, keep)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = f"{shutil.disk_usage(self.output_dir).free / 1e9:.2f} GB are free"
+            if self.main:
+                shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
+            whole = list_checkpoints(self.output_dir)
+            on = (
+                f"the last whole one is {whole[-1]}, the same command goes on from it" if whole else "there is none yet"
+            )
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"step {step}: the checkpoint could not be written ({reason}; {free}); {on}") from error
+
+
+def require_space(output_dir: Path, needed_bytes: int) -> None:
+    """
+    Raises:
+        OSError: the disk has less room than that.
+    """
+    free = shutil.disk_usage(output_dir).free
+    if free < SPARE_SPACE * needed_bytes:
+        raise OSError(errno.ENOSPC, f"needs {needed_bytes / 1e9:.2f} GB on the disk of {output_dir}")
+
+
+def publish(folder: Path, target: Path, about: dict[str, Any]) -> None:
+    """Put everything on the disk for good, say in the manifest what it is, and give the folder its name."""
+    files = files_below(folder)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = list(pool.map(_hash_and_flush, files))
+    content = {
+        **about,
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(files, hashes, strict=True)
+        },
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(
+        json.dumps({**content, "manifest_sha256": _digest(content)}, ensure_ascii=False, indent=1) + "\n", "utf-8"
+    )
+    for path in (manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _flush(path)
+    if target.exists():
+        _delete(target)
+    os.rename(folder, target)
+    _flush(target.parent)
+
+
+def rotate(output_dir: Path, limit: int | None, keep: Collection[int] = ()) -> None:
+    """Delete all but the newest `limit` checkpoints and those of the steps to `keep`; the newest always stays."""
+    checkpoints = list_checkpoints(output_dir)
+    for path in checkpoints[: -limit if limit and limit > 0 else 0]:
+        if named_step(path) not in keep:
+            _delete(path)
+
+
+def remove_unfinished(output_dir: Path) -> list[str]:
+    """Delete what a killed process left of a save or of a deletion; the names of the saves."""
+    left = sorted(path.name for path in (output_dir / UNFINISHED).glob("checkpoint-*"))
+    for path in (output_dir / UNFINISHED, *output_dir.glob(".deleting-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    return left
+
+
+def _delete(path: Path) -> None:
+    """A folder that is being deleted no longer has the name of a checkpoint."""
+    hidden = path.with_name(f".deleting-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hash_and_flush(path: Path) -> str:
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return sha256
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return any(any(checkpoint.glob(pattern)) for pattern in WEIGHTS)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # network file systems that cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# Reading
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is missing, or not as it was written.
+    """
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        known = content.pop("manifest_sha256")
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{MANIFEST} is damaged") from None
+    if _digest(content) != known:
+        raise ValueError(f"{MANIFEST} is damaged")
+    return content
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """In what a checkpoint differs from its manifest: the first missing, additional, cut or changed file."""
+    try:
+        recorded = read_manifest(checkpoint)["files"]
+    except ValueError as error:
+        return str(error)
+    found = {path.relative_to(checkpoint).as_posix(): path for path in files_below(checkpoint)}
+    del found[MANIFEST]
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in recorded or found[name].is_symlink():
+            return f"{name} is not of this checkpoint"
+        if (size := found[name].stat().st_size) != recorded[name]["bytes"]:
+            return f"{name} has {size:,} bytes, not {recorded[name]['bytes']:,}"
+    names = sorted(found)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for name, sha256 in zip(names, pool.map(_hash, [found[name] for name in names]), strict=True):
+            if sha256 != recorded[name]["sha256"]:
+                return f"{name} does not have its SHA-256"
+    return None
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # a bad sector is damage like any other
+        return None
+
+
+def named_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[-1])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders that have the name of a checkpoint, by step."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.rsplit("-", 1)[-1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[-1]))
+    return sorted(found, key=named_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """Optimiser steps behind a checkpoint."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    return int(read_manifest(checkpoint)["step"])
 
 
-def set_aside(paths: list[Path], output_dir: Path, label: str) -> Path:
-    """Move checkpoints out of the way; nothing is deleted."""
-    target = output_dir / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-    target.mkdir(parents=True, exist_ok=True)
+def set_aside(paths: Sequence[Path], output_dir: Path, label: str) -> Path:
+    """Move checkpoints out of the way, into a folder of their own; nothing is deleted."""
+    name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target, number = output_dir / name, 1
+    while target.exists():
+        number += 1
+        target = output_dir / f"{name}-{number}"
+    target.mkdir(parents=True)
     for path in paths:
         path.rename(target / path.name)
     return target
 
 
-def find_checkpoint(output_dir: Path, resume: str, writer: bool = True) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from and the lines that say what was found.
+def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, verified, and the lines that say what was found; for one process to call.
 
     Args:
-        resume: auto (newest whole one), never (older ones are set aside), or a checkpoint folder.
-        writer: this process may move folders (the main process only).
+        resume: auto (newest that verifies; damaged ones before it are set aside), never (all are set aside), or a
+            checkpoint folder below `output_dir` (later ones are set aside).
 
     Raises:
-        ValueError: the folder given is no whole checkpoint.
+        ValueError: the folder given is no whole checkpoint, or is not of this run's own.
     """
-    if resume not in ("auto", "never"):
-        chosen = Path(resume)
-        if not is_whole(chosen):
-            raise ValueError(
-                f"--resume {resume}: found no whole checkpoint there, expected auto, never or a checkpoint-N folder"
-            )
-        return chosen, [f"going on from {chosen}"]
+    lines = [f"{name}: its save was cut short, removed" for name in remove_unfinished(output_dir)]
     checkpoints = list_checkpoints(output_dir)
-    lines = []
     if resume == "never":
-        if checkpoints and writer:
+        if checkpoints:
             moved = set_aside(checkpoints, output_dir, "earlier")
             lines.append(f"--resume never: checkpoints of the earlier run moved to {moved}")
         return None, lines
-    broken = [path for path in checkpoints if not is_whole(path)]
-    if broken and writer:
-        names = ", ".join(path.name for path in broken)
-        lines.append(f"cut short, not used: {names} (moved to {set_aside(broken, output_dir, 'incomplete')})")
-    whole = [path for path in checkpoints if path not in broken]
-    if not whole:
-        return None, lines
-    return whole[-1], [*lines, f"going on from {whole[-1]}"]
+    if resume == "auto":
+        damaged = []
+        while checkpoints and (damage := find_damage(checkpoints[-1])):
+            damaged.append(checkpoints.pop())
+            lines.append(f"{damaged[-1].name}: damaged, not used ({damage})")
+        if damaged:
+            lines.append(f"damaged checkpoints moved to {set_aside(damaged, output_dir, 'damaged')}")
+        chosen = checkpoints[-1] if checkpoints else None
+    else:
+        chosen = Path(resume)
+        if damage := find_damage(chosen):
+            raise ValueError(
+                f"--resume {resume}: found no whole checkpoint there ({damage}), expected auto, never or a "
+                "checkpoint-N folder"
+            )
+        if not chosen.resolve().is_relative_to(output_dir.resolve()):
+            raise ValueError(
+                f"--resume {resume}: is not below --output_dir {output_dir}; optimizer states are pickles, which are "
+                "read from a run's own folder alone"
+            )
+        later = [p for p in checkpoints if named_step(p) >= checkpoint_step(chosen) and not p.samefile(chosen)]
+        if later:
+            lines.append(f"checkpoints that are not behind it moved to {set_aside(later, output_dir, 'later')}")
+    return chosen, lines + ([f"going on from {chosen}, verified"] if chosen else [])
 
 
 def identity_difference(recorded: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """The first argument in which a checkpoint's run differs from this one, as a line; None if there is none."""
-    for key in sorted(recorded.keys() | current.keys()):
-        if recorded.get(key) != current.get(key):
-            return f"{key} was {recorded.get(key)!r}, is {current.get(key)!r}"
-    return None
+    """The arguments in which a checkpoint's run differs from this one, as a line; None if there is none."""
+    names = sorted(recorded.keys() | current.keys())
+    found = [f"{n} was {recorded.get(n)!r}, is {current.get(n)!r}" for n in names if recorded.get(n) != current.get(n)]
+    return "; ".join(found) or None

@@ -74,6 +74,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     rejected_file: str | None = None
     fingerprint: str = ""  # sha256 of the encoded training rows
+    contents: dict[str, str] = field(default_factory=dict)  # sha256 of each file, as this run read it
     seconds: float = 0.0
     from_cache: bool = False
 
@@ -281,7 +282,8 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     validation_sources: list[Source] = []
     if data.validation_file_dir:
         validation_sources = parse_sources(data.validation_file_dir, "--validation_file_dir")
-    key = _cache_key(data, schema, encode.fingerprint, train_sources, validation_sources)
+    contents = _hash_files([*train_sources, *validation_sources])
+    key = _cache_key(data, schema, encode.fingerprint, train_sources, validation_sources, contents)
     root = cache_root(data)
     folder = root / key[:32]
     with _locked(root, key[:32]):
@@ -292,13 +294,15 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
             building = Path(tempfile.mkdtemp(prefix=f"{key[:32]}.building.", dir=root))
             try:
                 report = _build(data, schema, encode, train_sources, validation_sources, building)
+                if changed := changed_files(contents):
+                    raise ValueError(f"{changed[0]}: has changed while it was read; start again")
                 (building / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), "utf-8")
                 os.chmod(building, 0o755)
                 os.rename(building, folder)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     report = Report.from_dict(json.loads((folder / "report.json").read_text("utf-8")))
-    report.from_cache = cached
+    report.from_cache, report.contents = cached, contents
     rejected = folder / "rejected_rows.jsonl"
     if rejected.is_file():
         target = Path(output_dir) / "rejected_rows.jsonl"
@@ -323,12 +327,33 @@ def _check_arguments(data: DataArguments) -> None:
         raise ValueError(f"--validation_split_fraction: found {fraction}, expected 0 or a share below 1, such as 0.05")
 
 
+def _hash_files(sources: Sequence[Source]) -> dict[str, str]:
+    return {str(file): readers.hash_file(file) for source in sources for file in source.files}
+
+
+def changed_files(contents: dict[str, str]) -> list[str]:
+    """Files that no longer hold what they did; `contents` is their sha256 by path."""
+
+    def now(path: str) -> str | None:
+        try:
+            return readers.hash_file(Path(path))
+        except OSError:
+            return None
+
+    return [path for path, sha256 in contents.items() if now(path) != sha256]
+
+
 def _cache_key(
-    data: DataArguments, schema: str, encoder_fingerprint: str, train: list[Source], validation: list[Source]
+    data: DataArguments,
+    schema: str,
+    encoder_fingerprint: str,
+    train: list[Source],
+    validation: list[Source],
+    hashes: dict[str, str],
 ) -> str:
     def contents(sources: list[Source]) -> list[Any]:
-        hashes = [[(readers.file_kind(file), readers.hash_file(file)) for file in source.files] for source in sources]
-        return [[source.weight, files] for source, files in zip(sources, hashes, strict=True)]
+        files = [[(readers.file_kind(file), hashes[str(file)]) for file in source.files] for source in sources]
+        return [[source.weight, found] for source, found in zip(sources, files, strict=True)]
 
     limits = [data.max_train_samples, data.max_eval_samples, data.validation_split_fraction, data.data_seed]
     settings = [CODE_VERSION, schema, data.columns, data.on_bad_rows, limits, encoder_fingerprint]

@@ -118,7 +118,10 @@ def require_model(path: str) -> None:
         )
     if not list(folder.glob("*.safetensors")):
         found = [p.name for p in folder.glob("*.bin")] or [p.name for p in folder.glob("*.pt*")] or ["no weights"]
-        raise ValueError(f"model {path!r}: found {found[0]}, expected weights as safetensors")
+        raise ValueError(
+            f"model {path!r}: found {found[0]}, expected weights as safetensors; convert once, by "
+            f"AutoModelForCausalLM.from_pretrained({path!r}).save_pretrained(OTHER), and copy the tokenizer there"
+        )
 
 
 def adapter_base(adapter: Path) -> str:

@@ -33,6 +33,7 @@ from suwen.head import count_chunks
 from suwen.models import without_adapter, without_dropout
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
+from suwen.progress import say
 from suwen.questions import ask
 from suwen.rewards import Sample, Weighted, critic_head, require_answer_keys
 from suwen.rollout_server import RolloutServer
@@ -93,6 +94,7 @@ class PolicyTrainer:
         self._prepare(pure_bf16)
         self.reference = Reference(model, new_adapter=peft_config is not None)
         self.kl_coefficient = settings.kl_coef
+        self.on_nonfinite = "stop"
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.tokens_seen = 0
@@ -390,10 +392,27 @@ class PolicyTrainer:
             norm = self.engine.get_global_grad_norm() or 0.0
         else:
             norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm or math.inf)
+        norm = float(norm)
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # float16's scaler leaves such steps out itself
+            self.refuse_step([rollout.samples[i] for i in part], norm)
+            norm = 0.0
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        return sums, float(norm)
+        return sums, norm
+
+    def refuse_step(self, samples: Sequence[Sample], norm: float) -> None:
+        """Stop at a gradient that is no number, or drop it, so that the optimiser leaves its step out; on all ranks.
+
+        Raises:
+            ValueError: names prompts of the mini-batch.
+        """
+        prompts = ", ".join(repr(self.processing_class.decode(sample.prompt_ids)[-60:]) for sample in samples[:3])
+        line = f"update {self.step + 1}: the gradient is {norm}; prompts of the mini-batch: {prompts}"
+        if self.on_nonfinite == "stop":
+            raise ValueError(f"{line}; lower --learning_rate, leave --fp16, or go on without it: --on_nonfinite skip")
+        say(f"{line}; left out")
+        self.policy.zero_grad(set_to_none=True)
 
     # What is logged
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
-SECRETS = ("token", "password", "api_key", "secret")
+SECRETS = {"token", "password", "key", "secret"}  # parts of the names of flags
 
 
 def versions() -> dict[str, str]:
@@ -36,8 +37,30 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def is_secret(name: str) -> bool:
+    """Whether a flag's value is one: hub_token and api_key are, max_new_tokens and tokenizer_path are not."""
+    return bool(SECRETS & set(name.lower().lstrip("-").replace("-", "_").split("_")))
+
+
 def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if not any(s in k.lower() for s in SECRETS) or isinstance(v, (int, float))}
+    return {k: hide_password(v) for k, v in values.items() if not is_secret(k) or isinstance(v, (int, float))}
+
+
+def command_without_secrets(words: list[str]) -> list[str]:
+    """A command line as it may be written down: values of secret flags and passwords in addresses as ***."""
+    found, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            hidden = is_secret(name)
+            found.append(f"{name}=***" if hidden and equals else hide_password(word))
+        else:
+            found.append("***" if hidden else hide_password(word))
+    return found
+
+
+def hide_password(value: Any) -> Any:
+    return re.sub(r"(://)[^/@\s]+@", r"\1***@", value) if isinstance(value, str) else value
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,17 +14,20 @@ from tqdm import tqdm
 
 from suwen import stage
 from suwen.arguments import StageArguments
-from suwen.checkpoint import checkpoint_step, list_checkpoints
+from suwen.checkpoint import Saves, list_checkpoints, named_step
+from suwen.failures import explained
+from suwen.interruption import StopSignals
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
 from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
+from suwen.saved_weights import require_equal, state_bytes
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
 
-STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
+STATE = "trainer_state.json"
 TRAINED, OPTIMIZER = "trained.safetensors", "optimizer.safetensors"
 # What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.
 SHOWN = {
@@ -64,7 +66,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         write_lines(output / "held_out_answers.jsonl", trainer.last_evaluation)
         stage.finish(trainer, record, output, "evaluation.json")
         return record
-    checkpoint = stage.resume_from(args, record["identity"], output)
+    checkpoint = stage.resume_from(args, record, output)
     earlier = read_json(output / "run.json")
     if args.run.resume == "auto" and earlier.get("finished") and earlier.get("identity") == record["identity"]:
         say("this very run has finished already: nothing is trained again (--resume never starts anew)")
@@ -78,9 +80,16 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     limits = Limits(**{name.removeprefix("alarm_"): value for name, value in vars(given).items() if "alarm_" in name})
     trainer.accelerator.init_trackers(args.stage)
     seen, began = trainer.tokens_seen, trainer.step
-    reason = train(trainer, output, limits)
+    about, signals = stage.about_run(record), StopSignals()
+    trainer.on_nonfinite = args.run.on_nonfinite
+    if trainer.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
+        raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its gradient is seen; expected stop")
+    with explained(output, trainer.model.config, stage.memory_setting(trainer, args)), signals:
+        reason = train(trainer, output, limits, about, signals)
     for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
         tracker.finish()
+    signals.leave(trainer.step)
+    say(*stage.changed_since(data))
     updates = [entry for entry in trainer.history if "kl" in entry]
     seconds = sum(e["rollout_seconds"] + e["update_seconds"] for e in updates if e["step"] > began)
     record["training"] = {
@@ -117,8 +126,10 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     return record
 
 
-def train(trainer: PolicyTrainer, output: Path, limits: Limits) -> str | None:
-    """Updates to the last one, or until an alarm, whose reason is returned."""
+def train(
+    trainer: PolicyTrainer, output: Path, limits: Limits, about: dict[str, Any], signals: StopSignals
+) -> str | None:
+    """Updates to the last one, to a signal, or to an alarm, whose reason is returned."""
     config, total = trainer.args, trainer.planned_updates()
     evaluates = trainer.eval_dataset is not None and config.eval_strategy != "no"
     if evaluates and not trainer.history:
@@ -142,8 +153,12 @@ def train(trainer: PolicyTrainer, output: Path, limits: Limits) -> str | None:
             if reason := find_alarm(trainer.history, limits):
                 return f"stopped at update {trainer.step}: {reason}"
             regular = config.save_strategy != "no" and trainer.step % max(1, int(config.save_steps)) == 0
-            if improved or regular:
-                save_checkpoint(trainer, output)
+            # A signal reaches the ranks in different updates; all stop after the same one
+            stops = trainer.accelerator.reduce(torch.tensor(signals.received, device=config.device)).item() > 0
+            if improved or regular or stops:
+                save_checkpoint(trainer, output, about)
+            if stops:
+                break
     return None
 
 
@@ -177,7 +192,7 @@ def settle_on_best(trainer: PolicyTrainer, output: Path, best: dict[str, Any] | 
     Without evaluations the newest checkpoint is taken for it. Returns whether there is something to save, and what.
     """
     trainer.accelerator.wait_for_everyone()
-    saved = [path for path in list_checkpoints(output) if not best or checkpoint_step(path) == best["step"]]
+    saved = [path for path in list_checkpoints(output) if not best or named_step(path) == best["step"]]
     if not saved:
         return False, "No weights are saved: " + ("the start was best" if best else "there is no checkpoint before it")
     history = trainer.history  # what led to the alarm stays in the curves
@@ -204,56 +219,69 @@ def forget_lines_after(output: Path, step: int) -> None:
 # Checkpoints
 
 
-def save_checkpoint(trainer: PolicyTrainer, output: Path) -> None:
-    """Everything that decides the next updates, in a folder that is renamed when it is whole; every rank takes part.
+def save_checkpoint(trainer: PolicyTrainer, output: Path, about: dict[str, Any] | None = None) -> None:
+    """Everything that decides the next updates, verified and published; every rank takes part.
 
     Trained weights with the critic, optimiser, place in the schedule and in the data, KL coefficient and history.
     There is no random state: see `suwen.ppo`.
+
+    Args:
+        about: see `suwen.checkpoint.Saves`.
     """
-    target = output / f"checkpoint-{trainer.step}"
-    unfinished = output / f".{target.name}.unfinished"
-    if main_process():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+
+    def write(folder: Path) -> None:
+        if trainer.is_deepspeed_enabled:
+            tag = f"global_step{trainer.step}"
+            trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        if main_process():
+            if not trainer.is_deepspeed_enabled:
+                write_tensors(trainer, folder)
+            write_state(trainer, folder)
+
+    best = best_evaluation(trainer.history)
+    saves = Saves(output, main_process(), trainer.accelerator.wait_for_everyone)
+    saves.save(
+        trainer.step,
+        write,
+        about or {},
+        needed_bytes=state_bytes(trainer.policy, trainer.raw_optimizer, trainer.is_deepspeed_enabled),
+        limit=trainer.args.save_total_limit,
+        keep=[best["step"]] if best else [],
+    )
+    saves.finish()
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_deepspeed_enabled:
-        trainer.engine.save_checkpoint(
-            str(unfinished), tag=f"global_step{trainer.step}", exclude_frozen_parameters=True
-        )
-    elif main_process():
-        save_file(trained_weights(trainer), unfinished / TRAINED)
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, float] = {}
-        for place, values in trainer.raw_optimizer.state_dict()["state"].items():
-            for name, value in values.items():
-                key = f"{place}.{name}"
-                if isinstance(value, torch.Tensor):
-                    tensors[key] = value.contiguous()
-                else:
-                    numbers[key] = value
-        save_file(tensors, unfinished / OPTIMIZER)
-        write_json(unfinished / "optimizer.json", numbers)
-    trainer.accelerator.wait_for_everyone()
-    if main_process():
-        scaler = trainer.accelerator.scaler
-        write_json(
-            unfinished / STATE,
-            {
-                "global_step": trainer.step,
-                "num_input_tokens_seen": trainer.tokens_seen,
-                "kl_coefficient": trainer.kl_coefficient,
-                "learning_rates": trainer.scheduler.get_last_lr(),
-                "scaler": scaler.state_dict() if scaler else None,
-                "log_history": trainer.history,
-            },
-        )
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
-        limit, best = trainer.args.save_total_limit, (best_evaluation(trainer.history) or {}).get("step")
-        old = [path for path in list_checkpoints(output) if checkpoint_step(path) != best]
-        for path in old[: -limit if limit else 0]:
-            shutil.rmtree(path)
-    trainer.accelerator.wait_for_everyone()
+
+
+def write_tensors(trainer: PolicyTrainer, folder: Path) -> None:
+    weights = trained_weights(trainer)
+    save_file(weights, folder / TRAINED)
+    require_equal(weights, [folder / TRAINED])
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, float] = {}
+    for place, values in trainer.raw_optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            key = f"{place}.{name}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value.contiguous()
+            else:
+                numbers[key] = value
+    save_file(tensors, folder / OPTIMIZER)
+    write_json(folder / "optimizer.json", numbers)
+
+
+def write_state(trainer: PolicyTrainer, folder: Path) -> None:
+    scaler = trainer.accelerator.scaler
+    write_json(
+        folder / STATE,
+        {
+            "global_step": trainer.step,
+            "num_input_tokens_seen": trainer.tokens_seen,
+            "kl_coefficient": trainer.kl_coefficient,
+            "learning_rates": trainer.scheduler.get_last_lr(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "log_history": trainer.history,
+        },
+    )
 
 
 def trained_weights(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:

@@ -15,9 +15,11 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from suwen import attention
 from suwen.arguments import StageArguments
-from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference
+from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference, read_manifest
+from suwen.data import changed_files
 from suwen.encoding import ChatEncoder
 from suwen.evaluate import Settings, evaluate_stage, parse_tasks
+from suwen.failures import explained
 from suwen.generation import model_window
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
@@ -28,6 +30,8 @@ from suwen.lineage import (
     is_adapter_dir,
     read_json,
 )
+from suwen.locking import hold
+from suwen.memory import Setting
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
 from suwen.probe import packing_problem
 from suwen.progress import (
@@ -39,7 +43,15 @@ from suwen.progress import (
     quiet_libraries,
     say,
 )
-from suwen.records import draw_curves, peak_memory_bytes, timestamp, versions, without_secrets, write_json
+from suwen.records import (
+    command_without_secrets,
+    draw_curves,
+    peak_memory_bytes,
+    timestamp,
+    versions,
+    without_secrets,
+    write_json,
+)
 from suwen.serving import Served
 
 if TYPE_CHECKING:
@@ -89,6 +101,8 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     make_output_dir(args.run.output_dir)
+    if main_process():
+        hold(Path(args.run.output_dir))
     precision = compute_precision(library)
     if precision == "bf16" and uses_deepspeed(library) and not torch.cuda.is_available():
         precision = "fp32"  # the library refuses bf16 without a GPU unless use_cpu is set, which DeepSpeed cannot have
@@ -271,7 +285,7 @@ def run_stage(
         record["evaluation"] = trainer.evaluate()
         finish(trainer, record, output, "evaluation.json")
         return record
-    checkpoint = resume_from(args, record["identity"], output)
+    checkpoint = resume_from(args, record, output)
     earlier = read_json(output / "run.json")
     if args.run.resume == "auto" and earlier.get("finished") and earlier.get("identity") == record["identity"]:
         say("this very run has finished already: nothing is trained again (--resume never starts anew)")
@@ -279,7 +293,13 @@ def run_stage(
         return earlier
     if main_process():
         write_json(output / "run.json", record)
-    record["training"] = train(trainer, checkpoint)
+    trainer.about, trainer.nonfinite.action = about_run(record), args.run.on_nonfinite
+    if args.run.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
+        raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
+    with explained(output, trainer.model.config, memory_setting(trainer, args)), trainer.signals:
+        record["training"] = train(trainer, checkpoint)
+    trainer.signals.leave(trainer.state.global_step)
+    say(*changed_since(data))
     if trainer.eval_dataset is not None and config.eval_strategy != "no":
         # The trainer may have evaluated after the last step already.
         done = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
@@ -322,12 +342,14 @@ def describe_run(
         "stage": args.stage,
         "finished": False,
         "started_at": timestamp(),
-        "command": [args.stage, *args.command],
+        "command": [args.stage, *command_without_secrets(args.command)],
         "arguments": {
-            **dataclasses.asdict(args.model),
-            **dataclasses.asdict(args.data),
-            **dataclasses.asdict(args.lora),
-            **(dataclasses.asdict(args.own) if args.own else {}),
+            **without_secrets(
+                dataclasses.asdict(args.model)
+                | dataclasses.asdict(args.data)
+                | dataclasses.asdict(args.lora)
+                | (dataclasses.asdict(args.own) if args.own else {})
+            ),
             "library": without_secrets(config.to_sanitized_dict()),
         },
         "start": start,
@@ -359,15 +381,15 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
     tokens, history = trainer.state.num_input_tokens_seen, trainer.state.log_history
     evaluating = sum(entry.get("eval_runtime", 0) for entry in history if entry["step"] > resumed)
     seconds = result.metrics["train_runtime"] - evaluating
-    losses = [entry["loss"] for entry in history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "loss": result.training_loss if trainer.state.global_step > resumed else losses[-1],
+        "loss": trainer._total_loss_scalar / trainer.state.global_step,
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
         "resumed_from": str(checkpoint) if checkpoint else None,
+        **({"skipped_steps": trainer.nonfinite.skipped} if trainer.nonfinite.skipped else {}),
     }
 
 
@@ -397,23 +419,93 @@ def finish(trainer: Any, record: dict[str, Any], output: Path, file: str | None 
         torch.distributed.destroy_process_group()
 
 
-def resume_from(args: StageArguments, own_identity: dict[str, Any], output: Path) -> Path | None:
-    """The checkpoint to go on from; refuses one of a run that learned from something else."""
-    if torch.distributed.is_initialized() and not main_process():
-        torch.distributed.barrier()  # the main process sets broken checkpoints aside first
-    checkpoint, lines = find_checkpoint(output, args.run.resume, writer=main_process())
-    if torch.distributed.is_initialized() and main_process():
-        torch.distributed.barrier()
-    say(*lines)
-    earlier = read_json((checkpoint.parent if checkpoint else output) / "run.json")
-    if args.run.resume == "never" or not (checkpoint or earlier.get("finished")):
-        return checkpoint
-    if (recorded := earlier.get("identity")) and (difference := identity_difference(recorded, own_identity)):
-        raise ValueError(
-            f"{checkpoint or output}: is of another run ({difference}); give another --output_dir, or --resume never "
-            "to start anew"
-        )
-    return checkpoint
+def about_run(record: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest of a checkpoint keeps of the run, so that another run is told from it."""
+    return {name: record[name] for name in ("stage", "versions", "world_size", "identity")} | {
+        "data": record["data"]["contents"]
+    }
+
+
+def memory_setting(trainer: Any, args: StageArguments) -> Setting:
+    """A stage's flags in the words of the memory plan."""
+    config = trainer.args
+    stage = (
+        getattr(getattr(config, "hf_deepspeed_config", None), "config", {}).get("zero_optimization", {}).get("stage")
+    )
+    sharding = f"zero{stage}" if stage else "fsdp2" if trainer.is_fsdp_enabled else "ddp"
+    return Setting(
+        stage="dpo" if args.stage in ("dpo", "orpo", "rm") else "sft",
+        use_peft=args.lora.use_peft,
+        lora_rank=args.lora.lora_rank,
+        lora_dropout=args.lora.lora_dropout,
+        quantization=args.model.quantization,
+        precision="bf16" if config.bf16 else "fp16" if config.fp16 else "fp32",
+        pure_bf16=args.model.pure_bf16,
+        tokens=args.data.max_length or 1024,
+        batch=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        optim=str(config.optim),
+        sharding=sharding if config.world_size > 1 else "none",
+        num_gpus=config.world_size,
+        device=config.device.type,
+    )
+
+
+def changed_since(data: PreparedData) -> list[str]:
+    """A line for each file that is no longer what this run has read; of the main process."""
+    if not main_process():
+        return []
+    return [
+        f"note: {path} has changed since this run read it; what it held then was trained"
+        for path in changed_files(data.report.contents)
+    ]
+
+
+def resume_from(args: StageArguments, record: dict[str, Any], output: Path) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; refuses one of a run that learned from something else."""
+    found: list[Any] = [None]
+    if main_process():
+        checkpoint, lines = find_checkpoint(output, args.run.resume)
+        say(*lines)
+        refuse_another_run(args, record, output, checkpoint)
+        found = [checkpoint]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def refuse_another_run(args: StageArguments, record: dict[str, Any], output: Path, checkpoint: Path | None) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint, or the finished result in the folder, is of another run; not with --resume_force.
+    """
+    if args.run.resume == "never":
+        return
+    if checkpoint:
+        manifest = read_manifest(checkpoint)
+        recorded, contents = manifest["identity"], manifest["data"]
+        if (before := manifest["versions"]) != record["versions"]:
+            say(f"note: other versions than before: {identity_difference(before, record['versions'])}")
+    else:
+        earlier = read_json(output / "run.json")
+        if not earlier.get("finished") or not earlier.get("identity"):
+            return
+        recorded, contents = earlier["identity"], earlier["data"].get("contents", {})
+    difference = identity_difference(recorded, record["identity"])
+    if difference is None:
+        return
+    if recorded.get("data") != record["identity"]["data"]:
+        now = record["data"]["contents"]
+        other = sorted(path for path in contents.keys() | now.keys() if contents.get(path) != now.get(path))
+        difference += f"; files that differ: {', '.join(other) or 'none, they are read in another way'}"
+    if args.run.resume_force:
+        say(f"--resume_force: {checkpoint or output} is of another run ({difference})")
+        return
+    raise ValueError(
+        f"{checkpoint or output}: is of another run ({difference}); give another --output_dir, --resume never to "
+        "start anew, or --resume_force to go on all the same"
+    )
 
 
 def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:

@@ -19,10 +19,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import collate_ends, collate_pairs, collate_rows, pair_length
+from suwen.checkpoint import Saves
+from suwen.interruption import StopSignals
+from suwen.lineage import read_json
 from suwen.models import without_dropout
+from suwen.nonfinite import NonFinite
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
+from suwen.records import write_json
+from suwen.saved_weights import require_saved, state_bytes
+
+UNLOGGED = "unlogged.json"  # in a checkpoint: what the next log line will be made of
 
 
 def num_tokens(batch: dict[str, Any]) -> int:
@@ -34,10 +42,17 @@ class PackedTrainer(Trainer):
     """Trains on packs of rows; the loss is a mean over all items of an optimiser step, on all ranks.
 
     A subclass says how long a row is, how packs become a batch, what the items are, and what is measured of a batch.
+
+    Attributes:
+        about: what the manifests of checkpoints say of the run.
+        signals: entered by the caller, a signal ends the training at its next step, with a checkpoint.
+        nonfinite: what is done at a loss or gradient that is no number.
     """
 
     row_length: Callable[[dict[str, Any]], int]
     collate: Callable[..., dict[str, Any]]
+    run_dir: str | None = None  # where a checkpoint is being written
+    resumed_from: Path | None = None  # until its state is taken up
 
     def __init__(
         self,
@@ -84,6 +99,11 @@ class PackedTrainer(Trainer):
                     parameter.data = parameter.data.float()
         self.loss_is_scaled_for_ga = True
         self.sums: dict[str, torch.Tensor] = {}
+        self.about: dict[str, Any] = {}
+        self.signals = StopSignals()
+        self.stop_agreed = False
+        self.nonfinite = NonFinite(processing_class, Path(args.output_dir))
+        self.saves = Saves(Path(args.output_dir), args.process_index == 0, self.accelerator.wait_for_everyone)
 
     @classmethod
     def packs(cls, rows: Any, capacity: int, at_once: int = 1) -> Packs:
@@ -104,8 +124,10 @@ class PackedTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         items = sum(self.num_items(batch) for batch in batch_samples)
         tokens = sum(num_tokens(batch) for batch in batch_samples)
-        if self.args.world_size > 1:
-            items, tokens = self.accelerator.gather(torch.tensor([[items, tokens]], device=device)).sum(0).tolist()
+        if self.args.world_size > 1:  # a signal reaches the ranks at different steps; all stop after the same one
+            mine = torch.tensor([[items, tokens, self.signals.received]], device=device)
+            items, tokens, stop = self.accelerator.gather(mine).sum(0).tolist()
+            self.stop_agreed = bool(stop)
         self.state.num_input_tokens_seen += tokens
         return torch.tensor(max(items, 1), device=device)
 
@@ -125,8 +147,12 @@ class PackedTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         loss, sums = self.measure(model, inputs)
+        self.nonfinite.note(loss, inputs)
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+            value = value.detach().double()
+            if self.nonfinite.action == "skip":
+                value = torch.where(torch.isfinite(loss.detach()), value, 0.0)
+            self.sums[name] = self.sums.get(name, 0) + value
         # Ranks' gradients are averaged, the loss is divided by the items of all of them
         return loss * self.accelerator.num_processes / num_items_in_batch
 
@@ -160,7 +186,105 @@ class PackedTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        return torch.where(torch.isfinite(loss), loss, 0.0) if self.nonfinite.action == "skip" else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Called once an optimiser step, before the optimiser's own; under DeepSpeed after it
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None  # float16's scaler finds its scale by gradients that overflow
+        if self.nonfinite.found(norm, self.state.global_step + 1, scaled, self.args.world_size):
+            model.zero_grad(set_to_none=True)  # the optimiser passes over parameters without a gradient
+            return 0.0
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.stop_agreed or (self.args.world_size == 1 and self.signals.received):
+            self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """What the library writes, into a folder aside that is published when it is whole."""
+        output, step, state = Path(self.args.output_dir), self.state.global_step, self.state
+        unlogged = {
+            "sums": self.gathered(self.sums) if self.sums else {},
+            "loss": self.accelerator.gather(self._tr_loss[None]).mean().item(),
+            "logged_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "skipped_steps": self.nonfinite.skipped,
+        }
+
+        def write(folder: Path) -> None:
+            self.run_dir = str(folder.parent)
+            checksums = torch.serialization.get_crc32_options()
+            torch.serialization.set_crc32_options(False)  # the manifest's are better
+            try:
+                super(PackedTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self.run_dir = None
+                torch.serialization.set_crc32_options(checksums)
+            if not self.args.should_save:
+                return
+            best = output / f"checkpoint-{state.best_global_step}"
+            if state.best_global_step == step or best.is_dir():
+                state.best_model_checkpoint = str(best)
+            state.save_to_json(str(folder / "trainer_state.json"))  # again: the library wrote the path that it saw
+            write_json(folder / UNLOGGED, unlogged)
+
+        self.saves.save(
+            step,
+            write,
+            self.about,
+            needed_bytes=state_bytes(self.model, self.optimizer, self.is_deepspeed_enabled),
+            limit=self.args.save_total_limit,
+            keep=[state.best_global_step] if state.best_global_step else [],
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Weights and tokenizer, read back and compared; not training_args.bin, which is a pickle that nobody reads."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(folder, state_dict=state_dict)
+            self.processing_class.save_pretrained(folder)
+            require_saved(model, folder, state_dict)
+
+    def go_on(self) -> None:
+        """Take up what had been computed, but not logged, before a checkpoint; the library has set it to nothing."""
+        if self.resumed_from is None:
+            return
+        found, self.resumed_from = read_json(self.resumed_from / UNLOGGED), None
+        first = self.args.process_index == 0  # sums are over all ranks
+        device = self.args.device
+        self.sums = {
+            name: torch.tensor(value if first else 0.0, dtype=torch.float64, device=device)
+            for name, value in found["sums"].items()
+        }
+        self._tr_loss = torch.tensor(found["loss"], device=device)
+        self._total_loss_scalar, self._globalstep_last_logged = found["logged_loss"], found["logged_step"]
+        self.nonfinite.skipped = found["skipped_steps"]
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.saves.finish()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.go_on()  # where no epoch was left
+        self.saves.finish()  # the best checkpoint may be loaded now
+        return super()._finalize_training(*args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.go_on()
         # A checkpoint of the last step leaves nothing to train: the library would take one step more
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True

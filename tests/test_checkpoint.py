@@ -1,59 +1,276 @@
-"""Which checkpoint a run goes on from."""
+"""Checkpoints are whole or not there, and a run goes on from the newest that verifies."""
 
+import errno
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from suwen.checkpoint import find_checkpoint, identity_difference
+from suwen import checkpoint as module
+from suwen import interruption
+from suwen.checkpoint import (
+    MANIFEST,
+    UNFINISHED,
+    Saves,
+    find_checkpoint,
+    find_damage,
+    identity_difference,
+    list_checkpoints,
+    read_manifest,
+    set_aside,
+)
+from suwen.interruption import StopSignals
+from suwen.locking import hold
+from suwen.records import command_without_secrets, without_secrets
+from suwen.saved_weights import require_equal
+
+ROOT = Path(__file__).parents[1]
+CONTENT = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 50, "global_step5/rank_0.pt": b"engine"}
 
 
-def write_checkpoint(folder: Path, step: int, state: str | None = '{"global_step": 1}') -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "model.safetensors").write_bytes(b"x")
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
-    return path
+def save(folder: Path, step: int, **options) -> Path:
+    def write(aside: Path) -> None:
+        for name, content in CONTENT.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            (aside / name).write_bytes(content)
+
+    folder.mkdir(exist_ok=True)
+    saves = Saves(folder, wait=options.pop("wait", lambda: None))
+    saves.save(step, write, {"identity": {"seed": 1}}, **options)
+    saves.finish()
+    return folder / f"checkpoint-{step}"
+
+
+def test_the_manifest_names_every_file_with_its_size_and_hash(tmp_path):
+    path = save(tmp_path, 5)
+    manifest = read_manifest(path)
+    assert manifest["step"] == 5 and manifest["identity"] == {"seed": 1}
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
+        n: len(c) for n, c in CONTENT.items()
+    }
+    # sha256 of b"engine", by sha256sum
+    expected = "".join(os.popen("printf engine | sha256sum")).split()[0]
+    assert manifest["files"]["global_step5/rank_0.pt"]["sha256"] == expected
+    assert find_damage(path) is None and not (tmp_path / UNFINISHED / "checkpoint-5").exists()
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_every_flipped_bit_of_every_file_is_found(tmp_path):
+    path = save(tmp_path, 5)
+    for file in module.files_below(path):
+        for bit in range(0, 8 * file.stat().st_size, 97):
+            flip(file, bit)
+            assert find_damage(path), f"bit {bit} of {file.name}"
+            flip(file, bit)
+    assert find_damage(path) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: (path / "optimizer.pt").write_bytes(b"moments"), "optimizer.pt has 7 bytes, not 350"),
+        (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda path: (path / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin is not of this checkpoint"),
+        (lambda path: flip(path / "optimizer.pt", 9), "optimizer.pt does not have its SHA-256"),
+        (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
+        (lambda path: (path / MANIFEST).write_text("{"), f"{MANIFEST} is damaged"),
+        (lambda path: (path / MANIFEST).write_text("[]"), f"{MANIFEST} is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, damage, expected):
+    whole, broken = save(tmp_path, 5), save(tmp_path, 10)
+    damage(broken)
+    found, lines = find_checkpoint(tmp_path, "auto")
+    assert found == whole
+    assert lines[0] == f"checkpoint-10: damaged, not used ({expected})"
+    assert list(tmp_path.glob("damaged-*/checkpoint-10"))
+    with pytest.raises(ValueError, match="--resume .*no whole checkpoint"):
+        find_checkpoint(tmp_path, str(next(tmp_path.glob("damaged-*/checkpoint-10"))))
+
+
+def test_a_link_in_a_checkpoint_is_not_followed(tmp_path):
+    path = save(tmp_path, 5)
+    (tmp_path / "elsewhere").write_bytes(CONTENT["optimizer.pt"])
+    (path / "optimizer.pt").unlink()
+    (path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")
+    assert find_damage(path) == "optimizer.pt is not of this checkpoint"
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
-    write_checkpoint(tmp_path, 5)
-    newest = write_checkpoint(tmp_path, 10)
-    write_checkpoint(tmp_path, 9)
-    assert find_checkpoint(tmp_path, "auto")[0] == newest
+    for step in (5, 10, 9):
+        save(tmp_path, step)
+    assert find_checkpoint(tmp_path, "auto")[0] == tmp_path / "checkpoint-10"
 
 
-@pytest.mark.parametrize("state", [None, '{"global_st'])
-def test_a_checkpoint_cut_short_is_moved_aside_and_named(tmp_path, state):
-    whole = write_checkpoint(tmp_path, 5)
-    write_checkpoint(tmp_path, 10, state)
+def test_a_save_that_was_cut_short_is_removed_and_named(tmp_path):
+    (tmp_path / UNFINISHED / "checkpoint-7").mkdir(parents=True)
     found, lines = find_checkpoint(tmp_path, "auto")
-    assert found == whole
-    assert "checkpoint-10" in lines[0]
-    assert list(tmp_path.glob("incomplete-*/checkpoint-10/model.safetensors"))
+    assert found is None and "checkpoint-7" in lines[0] and not (tmp_path / UNFINISHED).exists()
 
 
 def test_never_keeps_the_earlier_run_out_of_the_way(tmp_path):
-    write_checkpoint(tmp_path, 5)
+    save(tmp_path, 5)
     found, lines = find_checkpoint(tmp_path, "never")
     assert found is None and "moved" in lines[0]
-    assert list(tmp_path.glob("earlier-*/checkpoint-5/trainer_state.json"))
+    assert find_damage(next(tmp_path.glob("earlier-*/checkpoint-5"))) is None
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--resume.*no whole checkpoint"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
+def test_folders_set_aside_within_a_second_do_not_fall_on_one_another(tmp_path):
+    targets = {set_aside([save(tmp_path, 5)], tmp_path, "earlier") for _ in range(3)}
+    assert len(targets) == 3 and all(find_damage(target / "checkpoint-5") is None for target in targets)
 
 
-def test_a_given_checkpoint_is_taken(tmp_path):
-    chosen = write_checkpoint(tmp_path, 5)
-    write_checkpoint(tmp_path, 10)
+def test_a_given_checkpoint_is_taken_and_what_came_after_it_set_aside(tmp_path):
+    chosen = save(tmp_path, 5)
+    save(tmp_path, 10)
     assert find_checkpoint(tmp_path, str(chosen))[0] == chosen
+    assert list_checkpoints(tmp_path) == [chosen] and list(tmp_path.glob("later-*/checkpoint-10"))
 
 
-def test_the_difference_between_two_runs_names_both_values():
+def test_a_checkpoint_of_a_foreign_folder_is_refused(tmp_path):
+    foreign = save(tmp_path / "foreign", 5)
+    with pytest.raises(ValueError, match="is not below --output_dir .* pickles"):
+        find_checkpoint(tmp_path / "own", str(foreign))
+    with pytest.raises(ValueError, match="--resume nowhere.*no whole checkpoint"):
+        find_checkpoint(tmp_path, "nowhere")
+
+
+def test_older_checkpoints_are_rotated_after_the_new_one_is_there(tmp_path):
+    seen = []
+    for step in range(1, 6):
+        save(tmp_path, step, limit=2, keep=[2], wait=lambda: seen.append([p.name for p in list_checkpoints(tmp_path)]))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert all(names for names in seen[3:]), "there is a whole checkpoint at every moment"
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_without_a_limit_all_are_kept(tmp_path, limit):
+    for step in range(3):
+        save(tmp_path, step, limit=limit)
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_and_says_so(tmp_path):
+    save(tmp_path, 5)
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match="step 6: .*No space left on device.*the last whole one is .*checkpoint-5"):
+        Saves(tmp_path).save(6, write, {})
+    assert find_checkpoint(tmp_path, "auto") == (
+        tmp_path / "checkpoint-5",
+        [f"going on from {tmp_path}/checkpoint-5, verified"],
+    )
+
+
+def test_a_step_is_saved_once(tmp_path):
+    saves, written = Saves(tmp_path), []
+    for step in (3, 3, 4):
+        saves.save(step, written.append, {})
+    saves.finish()
+    assert [path.name for path in written] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_failed_publication_is_told_at_the_next_save_or_at_the_end(tmp_path):
+    saves = Saves(save(tmp_path, 5).parent)
+    for step, end in ((6, saves.finish), (7, lambda: saves.save(8, lambda folder: None, {}))):
+        saves.save(step, lambda folder: (folder / "gone").symlink_to(tmp_path / "nowhere"), {})
+        with pytest.raises(ValueError, match=f"step {step}: .*No such file.*the last whole one is .*checkpoint-5"):
+            end()
+    saves.finish()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_space_is_asked_for_before_anything_is_written(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    written: list[Path] = []
+    with pytest.raises(ValueError, match="needs .* GB on the disk of .* GB are free.*there is none yet"):
+        Saves(tmp_path).save(1, written.append, {}, needed_bytes=2 * free)
+    assert not written
+
+
+def test_the_difference_between_two_runs_names_all_values():
     assert identity_difference({"learning_rate": 1e-4, "data": "a"}, {"learning_rate": 2e-4, "data": "a"}) == (
         "learning_rate was 0.0001, is 0.0002"
     )
+    assert (
+        identity_difference({"a": 1, "b": 2}, {"a": 2, "c": 3}) == "a was 1, is 2; b was 2, is None; c was None, is 3"
+    )
     assert identity_difference(json.loads('{"a": 1}'), {"a": 1}) is None
+
+
+def hold_in_another_process(folder: Path) -> str:
+    script = f"from pathlib import Path; from suwen.locking import hold; hold(Path({str(folder)!r})); print('held')"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    return result.stdout.strip() or result.stderr.strip().splitlines()[-1]
+
+
+def test_a_folder_is_held_by_one_process_and_free_when_that_one_is_dead(tmp_path):
+    for _ in range(2):
+        assert hold_in_another_process(tmp_path) == "held"
+    for _ in range(2):  # a run after another in one process
+        hold(tmp_path)
+    expected = f"ValueError: --output_dir {tmp_path}: in use by process {os.getpid()} on "
+    assert hold_in_another_process(tmp_path).startswith(expected)
+
+
+def test_a_signal_is_noted_and_a_later_one_ends_the_process(monkeypatch, capfd):
+    with StopSignals() as signals:
+        for _ in range(2):  # the second passed on by a launcher
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr(interruption, "SAME_SIGNAL_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert capfd.readouterr().out.count("SIGINT: stopping after this step") == 1
+    with pytest.raises(SystemExit) as end:
+        signals.leave(7)
+    assert end.value.code == 130
+
+
+def test_weights_that_are_not_those_in_memory_are_found(tmp_path):
+    live = {"a": torch.arange(6.0), "tied": torch.ones(2)}
+    live["tied.alias"] = live["tied"]
+    file = tmp_path / "model.safetensors"
+    save_file({"a": live["a"], "tied": live["tied"]}, file)
+    require_equal(live, [file])
+    for wrong in ({"a": live["a"] + 1e-6}, {"a": live["a"].double()}, {"a": live["a"].view(2, 3)}):
+        with pytest.raises(RuntimeError, match="a is not what is in memory"):
+            require_equal(live | wrong, [file])
+    with pytest.raises(RuntimeError, match="b: is not in the files"):
+        require_equal(live | {"b": torch.ones(1)}, [file])
+
+
+def test_experts_under_other_names_are_compared_as_a_whole(tmp_path):
+    stacked = {"experts": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}
+    file = tmp_path / "model.safetensors"
+    save_file({f"expert.{i}": row.clone() for i, row in enumerate(stacked["experts"])}, file)
+    require_equal(stacked, [file])
+    save_file({f"expert.{i}": row.clone() + (i == 2) for i, row in enumerate(stacked["experts"])}, file)
+    with pytest.raises(RuntimeError, match="experts: is not in the files"):
+        require_equal(stacked, [file])
+
+
+def test_secrets_are_not_written_down():
+    words = ["--hub_token", "hf_x", "--api_key=sk-1", "--max_new_tokens", "8", "--rollout_server", "http://u:pw@host:1"]
+    assert command_without_secrets(words) == [
+        "--hub_token", "***", "--api_key=***", "--max_new_tokens", "8", "--rollout_server", "http://***@host:1",
+    ]  # fmt: skip
+    kept = without_secrets({"hub_token": "hf_x", "tokenizer_name_or_path": "m", "url": "http://u:pw@h", "token": 3})
+    assert kept == {"tokenizer_name_or_path": "m", "url": "http://***@h", "token": 3}

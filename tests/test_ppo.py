@@ -325,7 +325,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_sample_for_sample(extra, base, t
 
     with monkeypatch.context() as context:  # in the middle of the update after the checkpoint
         context.setattr(
-            reinforcement, "save_checkpoint", lambda t, o, save=reinforcement.save_checkpoint: (save(t, o), killed())
+            reinforcement,
+            "save_checkpoint",
+            lambda *given, save=reinforcement.save_checkpoint: (save(*given), killed()),
         )
         with pytest.raises(KeyboardInterrupt):
             run_ppo(base, tmp_path / "halves", *extra, "--save_steps", "2")

@@ -423,7 +423,7 @@ def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
 def test_a_mistake_in_two_processes_is_told_once(base, tmp_path):
     words = arguments("sft", base, tmp_path, "--template_name", "nonesuch")
     start = [sys.executable, str(ROOT / "configs" / "launch.py"), "--config_file", str(ROOT / "configs" / "ddp.yaml")]
-    start += ["--num_processes", "2", "--num_machines", "1", "--cpu", str(ROOT / SCRIPTS["sft"].__file__)]
+    start += ["--num_processes", "2", "--num_machines", "1", str(ROOT / SCRIPTS["sft"].__file__)]
     result = subprocess.run([*start, *words], env=environment(tmp_path), capture_output=True, text=True, timeout=240)
     assert result.returncode == 2, result.stderr[-3000:]
     assert result.stderr.count("error: unknown --template_name 'nonesuch'") == 1

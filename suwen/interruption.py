@@ -1,0 +1,55 @@
+"""SIGTERM and SIGINT end a training at its next whole step, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+from suwen.progress import main_process, say
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL_SECONDS = 3.0  # a launcher passes on what its processes have got from the terminal or the scheduler already
+
+
+class StopSignals:
+    """Notes the first signal while it is entered; a second one ends the process as if it were not entered.
+
+    Attributes:
+        received: number of the signal; 0 where none came.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            if time.monotonic() - self._at > SAME_SIGNAL_SECONDS:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._at = number, time.monotonic()
+        if main_process():  # not by print, whose buffer may be in use at this moment
+            name = signal.Signals(number).name
+            os.write(1, f"\n{name}: stopping after this step, with a checkpoint; once more to stop at once\n".encode())
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def leave(self, step: int) -> None:
+        """End the process with the code that shells give for the signal (143, 130), if one came."""
+        if self.received:
+            say(f"stopped at step {step} by {signal.Signals(self.received).name}; the same command goes on from there")
+            raise SystemExit(128 + self.received)

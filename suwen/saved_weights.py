@@ -1,0 +1,88 @@
+"""Whether weights on the disk are those in memory, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+
+MOMENTS_BYTES = 8  # a trained parameter, before the first step: AdamW's two in float32
+MASTERS_BYTES = 4  # and DeepSpeed's own copy
+
+
+def require_saved(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Read back what `model.save_pretrained(folder, state_dict)` has written, and compare it with the live tensors.
+
+    Experts that the library stores under other names than it computes with are compared by their number of elements
+    and their sum.
+
+    Raises:
+        RuntimeError: a tensor differs, is missing, or is of another type.
+    """
+    live = state_dict if state_dict is not None else model.state_dict()
+    if isinstance(model, PeftModel):
+        live = get_peft_model_state_dict(model, state_dict=state_dict)
+    require_equal(live, sorted(folder.glob("*.safetensors")))
+
+
+def require_equal(live: dict[str, torch.Tensor], files: list[Path]) -> None:
+    """
+    Raises:
+        RuntimeError: see `require_saved`.
+    """
+    seen: set[int] = set()
+    other_names: list[torch.Tensor] = []
+    written: set[str] = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                saved = file.get_tensor(name)
+                written.add(name)
+                if name not in live:
+                    other_names.append(saved)
+                    continue
+                seen.add(live[name].data_ptr())
+                if not _same(saved, live[name]):
+                    raise RuntimeError(f"{path.name}: {name} is not what is in memory")
+    # What is stored once under another name, such as tied embeddings, is not missing
+    left = {n: t for n, t in live.items() if n not in written and t.data_ptr() not in seen}
+    if left or other_names:
+        once = {tensor.data_ptr(): tensor for tensor in left.values()}
+        counts, sums = zip(*(_content(tensors) for tensors in (list(once.values()), other_names)), strict=True)
+        if counts[0] != counts[1] or not abs(sums[0] - sums[1]) <= 1e-6 * max(1.0, abs(sums[0])):
+            raise RuntimeError(f"{next(iter(left), 'a tensor')}: is not in the files as it is in memory")
+
+
+def _same(saved: torch.Tensor, live: torch.Tensor) -> bool:
+    """Bit for bit, so that a NaN is itself."""
+    live = live.detach().to("cpu").contiguous()
+    if saved.dtype != live.dtype or saved.shape != live.shape:
+        return False
+    return torch.equal(saved, live) or torch.equal(saved.flatten().view(torch.uint8), live.flatten().view(torch.uint8))
+
+
+def _content(tensors: list[torch.Tensor]) -> tuple[int, float]:
+    return sum(t.numel() for t in tensors), sum(t.detach().double().sum().item() for t in tensors)
+
+
+def state_bytes(model: Any, optimizer: Any, deepspeed: bool) -> int:
+    """About what a checkpoint takes: trained weights (all, without an adapter) and optimizer state, on all ranks."""
+    adapted = isinstance(model, PeftModel)
+    sizes = [
+        (getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in model.parameters()
+    ]  # fmt: skip
+    weights = sum(count * size for count, size, trained in sizes if trained or not adapted)
+    trained = sum(count for count, _, trained in sizes if trained)
+    if deepspeed:
+        return weights + trained * (MOMENTS_BYTES + MASTERS_BYTES)
+    state = getattr(optimizer, "state", None) or {}
+    held = sum(
+        value.numel() * value.element_size()
+        for values in state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return weights + (held if state else trained * MOMENTS_BYTES)

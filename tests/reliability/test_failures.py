@@ -1,0 +1,99 @@
+"""Losses that are no number, memory that is too small, a peer that is gone: one line that says what to do."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import trials
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig
+
+from suwen.checkpoint import list_checkpoints
+from suwen.failures import explained
+from suwen.memory import Setting
+from suwen.nonfinite import ROWS_FILE
+
+pytestmark = pytest.mark.training
+LORA = ("--use_peft", "True", "--max_steps", "6", "--save_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory) -> str:
+    """A base for which the token of "@" is no number."""
+    folder = tmp_path_factory.mktemp("base")
+    trials.build_base(folder)
+    [token] = AutoTokenizer.from_pretrained(folder).encode("@", add_special_tokens=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def rows_with(folder: Path, numbers: set[int]) -> str:
+    file = Path(trials.write_rows(folder / "rows.jsonl", "sft"))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    marked = [x.replace("应当怎么办", "@怎么办") if n in numbers else x for n, x in enumerate(lines)]
+    file.write_text("\n".join(marked) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(poisoned, tmp_path, ledger):
+    ledger.inject("loss is NaN: stop")
+    output = tmp_path / "out"
+    command = trials.words("sft", poisoned, rows_with(tmp_path, {7}), output, *LORA, "--num_train_epochs", "1")
+    command = [word for word in command if word not in ("--max_steps", "6")]
+    with pytest.raises(
+        ValueError, match="step \\d+: the loss is nan; rows of the batch: .*--on_nonfinite skip"
+    ) as error:
+        trials.run("sft", command)
+    assert "\n" not in str(error.value)
+    rows = [json.loads(line) for line in (output / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert any("7号病人" in row["text"] and "@怎么办" in row["text"] for row in rows) and len(rows) <= 2
+    step = rows[0]["step"]
+    assert [path.name for path in list_checkpoints(output)][-1:] == [f"checkpoint-{step - 1}"] * (step > 1)
+    assert not list(output.glob("*model.safetensors"))
+    ledger.add("loss is NaN: stop", lost_steps=0)
+
+
+def test_a_step_that_is_no_number_can_be_left_out(poisoned, tmp_path, ledger, capsys):
+    ledger.inject("loss is NaN: skip")
+    output = tmp_path / "out"
+    command = trials.words("sft", poisoned, rows_with(tmp_path, {7}), output, *LORA, "--on_nonfinite", "skip")
+    command = [word for word in command if word not in ("--max_steps", "6")] + ["--num_train_epochs", "2"]
+    trials.run("sft", command)
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["finished"] and record["training"]["skipped_steps"] == 2, "once in each epoch"
+    assert math.isfinite(record["training"]["loss"])
+    assert capsys.readouterr().out.count("left out") == 2
+    assert all(tensor.isfinite().all() for tensor in load_file(output / "adapter_model.safetensors").values())
+    ledger.add("loss is NaN: skip")
+
+
+def test_where_every_step_is_no_number_nothing_moves_and_the_run_ends(poisoned, tmp_path):
+    output = tmp_path / "out"
+    data = rows_with(tmp_path, set(range(24)))
+    flags = [*LORA, "--on_nonfinite", "skip", "--max_steps", "12", "--weight_decay", "0.1"]
+    with pytest.raises(ValueError, match="10 steps one after another were left out"):
+        trials.run("sft", trials.words("sft", poisoned, data, output, *flags))
+    first, last = (load_file(output / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (7, 9))
+    assert all(torch.equal(tensor, last[name]) for name, tensor in first.items())
+
+
+TINY = LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SETTING = Setting(precision="fp32", gradient_checkpointing=False, batch=4, device="cpu")
+
+
+def test_memory_that_is_too_small_is_answered_by_the_planner(tmp_path, ledger):
+    ledger.inject("out of memory")
+    with pytest.raises(ValueError, match="out of memory; a step needs about .* GB a process; lower it by") as error:
+        with explained(tmp_path, TINY, SETTING):
+            torch.empty(1 << 60)
+    assert "--gradient_checkpointing True (" in str(error.value) and "\n" not in str(error.value)
+    ledger.add("out of memory")
+
+
+def test_other_failures_keep_their_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), explained(tmp_path, TINY, SETTING):
+        torch.ones(2, 3) @ torch.ones(2, 3)

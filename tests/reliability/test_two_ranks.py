@@ -1,0 +1,83 @@
+"""One of two processes dies, or the launcher is told to end: no hang, a message, and the last checkpoint is whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import trials
+
+from suwen.checkpoint import find_damage, list_checkpoints, named_step
+
+pytestmark = [pytest.mark.training, pytest.mark.distributed]
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, stage: str, *more: str) -> tuple[subprocess.Popen, Path]:
+    base, data = trials.build_base(folder / "base"), trials.write_rows(folder / "rows.jsonl", stage)
+    command = trials.words(stage, base, data, folder / "out", "--max_steps", "400", "--save_steps", "2", *more)
+    launcher = [
+        sys.executable,
+        str(ROOT / "configs" / "launch.py"),
+        "--config_file",
+        str(ROOT / "configs" / "ddp.yaml"),
+    ]
+    launcher += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launcher += [str(ROOT / f"{trials.SCRIPTS[stage]}.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    log = open(folder / "log", "w")
+    process = subprocess.Popen(
+        [*launcher, *command], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not list_checkpoints(folder / "out"):
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    return process, folder / "log"
+
+
+def ranks(process: subprocess.Popen, script: str) -> dict[str, psutil.Process]:
+    """The training processes of a launcher by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if script in " ".join(child.cmdline()) and "RANK" in (environment := child.environ()):
+            found[environment["RANK"]] = child
+    return found
+
+
+def end(process: subprocess.Popen, log: Path, timeout: float) -> int:
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"hangs: {log.read_text()[-3000:]}") from None
+
+
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_when_one_of_two_ranks_dies_the_other_ends_with_a_message_within_a_minute(rank, tmp_path, ledger):
+    ledger.inject("kill -9 of one rank of two")
+    process, log = start(tmp_path, "sft")
+    ranks(process, "supervised_finetuning.py")[rank].kill()
+    code = end(process, log, timeout=60)
+    text = log.read_text()
+    assert code == 137 and f"the process of rank {rank} ended with code -9" in text, text[-3000:]
+    whole = list_checkpoints(tmp_path / "out")
+    assert whole and all(find_damage(path) is None for path in whole)
+    ledger.add("kill -9 of one rank of two")
+
+
+def test_a_signal_to_the_launcher_stops_both_ranks_after_the_same_step(tmp_path, ledger):
+    ledger.inject("SIGTERM to the launcher of two ranks")
+    process, log = start(tmp_path, "sft")
+    process.send_signal(signal.SIGTERM)
+    code = end(process, log, timeout=90)
+    text = log.read_text()
+    assert code == 143 and "by SIGTERM; the same command goes on from there" in text, text[-3000:]
+    newest = list_checkpoints(tmp_path / "out")[-1]
+    assert find_damage(newest) is None and f"stopped at step {named_step(newest)} by SIGTERM" in text
+    assert sorted(path.name for path in newest.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    ledger.add("SIGTERM to the launcher of two ranks", lost_steps=0)
