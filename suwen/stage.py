@@ -29,6 +29,7 @@ from suwen.lineage import (
     read_json,
 )
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (
     RefuseNonFinite,
@@ -153,7 +154,9 @@ def training_config(
     if data.validation is None or library.get("do_eval") is False:
         values["eval_strategy"] = "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = args.run.logging_dir or str(Path(args.run.output_dir) / "tensorboard")
-    return TrainingArguments(**values)
+    config = TrainingArguments(**values)
+    require_same_data(data.report.fingerprint, config.device)
+    return config
 
 
 def choose_packing(

@@ -38,8 +38,8 @@ def tree(tmp_path) -> Path:
     folder = tmp_path / "su wen"
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "suwen").mkdir()
-    for name in ("__init__.py", "check_environment.py"):
-        shutil.copy(ROOT / "suwen" / name, folder / "suwen")
+    for name in ("__init__", "check_environment", "preflight", "meeting", "all_reduce", "readers"):
+        shutil.copy(ROOT / "suwen" / f"{name}.py", folder / "suwen")
     for name in (*LAUNCHERS, "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
     for name in (
