@@ -5,16 +5,23 @@ waits for one that is gone. After: the failed rank's exit code, and no traceback
 wrong, and torch's launcher would add fifty lines about the subprocess.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+FORCE_SECONDS = 20  # for ranks to end by themselves when another machine is lost
+SAVE_SECONDS = 120  # and when the launcher is asked to end: they may be writing a checkpoint
+
+
 def main() -> int:
+    import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,6 +42,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         choose_interface(meeting)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     lost: list[int] = []
 
     def end(problem: str, code: int) -> None:
@@ -45,7 +53,12 @@ def main() -> int:
             flush=True,
         )
         lost.append(code or 1)
-        os.kill(os.getpid(), signal.SIGTERM)  # torch's launcher ends the ranks, after 30 s by force
+        ranks = psutil.Process().children(recursive=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # torch's launcher asks the ranks to end
+        time.sleep(FORCE_SECONDS)
+        for rank in ranks:  # they hear no signal while they wait for one that is gone
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
 
     if meeting is not None:
         meeting.watch(end)

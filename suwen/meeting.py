@@ -128,7 +128,7 @@ class Meeting:
                         self.links[number].beat()
             sockets = {self.links[number].connection: number for number in heard}
             problem, code = "", 1
-            for connection in select.select(list(sockets), [], [], 1.0)[0]:
+            for connection in select.select(list(sockets), [], [], BEAT_SECONDS / 5)[0]:
                 number = sockets[connection]
                 heard[number] = time.monotonic()
                 try:
@@ -172,7 +172,9 @@ def meet(machines: int, machine: int, address: str, port: int, host: str, second
 
 def _receive_all(machines: int, address: str, port: int, until: float) -> Meeting:
     try:
-        server = socket.create_server((address, port), reuse_port=False)
+        host = socket.gethostbyname(address)
+        # Debian gives a host's own name the address 127.0.1.1, at which nobody else could call
+        server = socket.create_server(("" if host != address and host.startswith("127.") else host, port))
     except OSError as error:
         raise Lost(
             f"MAIN_PROCESS_IP={address}, MAIN_PROCESS_PORT={port}: machine 0 cannot listen there "
@@ -199,7 +201,7 @@ def _receive_all(machines: int, address: str, port: int, until: float) -> Meetin
             link.name = name
             if not 0 < number < machines or number in links:
                 message = f"{name}: MACHINE_RANK is {number}, expected 1 to {machines - 1}, another one on each machine"
-                Meeting(0, links | {number: link})._tell({"lost": message})
+                Meeting(0, {**links, -1: link})._tell({"lost": message})
                 raise Lost(message)
             links[number] = link
     return Meeting(0, links)

@@ -213,14 +213,17 @@ def reduce_here(init_method: str, ranks: range, world_size: int) -> dict[str, An
     """Start a process for each rank of this machine that takes part in the all-reduce.
 
     Returns:
-        {"problem": line} of the first rank that failed, or {"problem": "", "backend", "bytes", "seconds"} of the slowest.
+        {"problem": line} of the first rank that failed, or {"problem": "", "backend", "bytes", "seconds"} of the
+        slowest one.
     """
-    until, results, problem = time.monotonic() + REDUCE_SECONDS, [], ""
+    problem = ""
+    results: list[dict[str, Any]] = []
     # Forked processes find torch loaded; CUDA works in fresh ones only
     gpus = uses_gpus()
-    context = multiprocessing.get_context("spawn" if gpus else "fork")
+    context: Any = multiprocessing.get_context("spawn" if gpus else "fork")
     if not gpus:
         import torch.distributed  # noqa: F401
+    until = time.monotonic() + REDUCE_SECONDS
     children = []
     for rank in ranks:
         receiving, sending = context.Pipe(duplex=False)
@@ -230,7 +233,7 @@ def reduce_here(init_method: str, ranks: range, world_size: int) -> dict[str, An
         sending.close()
         children.append((rank, child, receiving))
     for rank, _, receiving in children:
-        last = {"step": "starting Python"}
+        last: dict[str, Any] = {"step": "starting Python"}
         try:
             while "done" not in last and "error" not in last:
                 if not receiving.poll(max(until - time.monotonic(), 0)):
@@ -323,8 +326,8 @@ def require_same_data(fingerprint: str, device: Any) -> None:
     other = next((rank for rank, values in enumerate(found) if not torch.equal(values, found[0])), None)
     if other is not None:
         raise ValueError(
-            f"the encoded training data of ranks 0 and {other} differ, although their samples agree; copy the same data "
-            "files and tokenizer to all machines, or give folders that they share"
+            f"the encoded training data of ranks 0 and {other} differ, although samples of the files agree; copy the "
+            "same data and tokenizer to all machines, or give folders that they share"
         )
 
 
@@ -346,8 +349,8 @@ def _summary(facts: Sequence[dict[str, Any]], clocks: Sequence[float], words: Se
     data = ", ".join(f"{value['files']} data files" for value in facts[0]["data"].values()) or "data"
     return (
         f"{len(facts)} machines of {facts[0]['processes']} processes agree in {len(facts[0]['code'])} files of code, "
-        f"{len(facts[0]['packages'])} packages, {data} and the command; clocks within {max(clocks) - min(clocks):.1f} s; "
-        f"{free} free"
+        f"{len(facts[0]['packages'])} packages, {data} and the command; clocks "
+        f"within {max(clocks) - min(clocks):.1f} s; {free} free"
     )
 
 
