@@ -346,7 +346,8 @@ def launch(machines, tmp_path: Path, *words: str) -> list[subprocess.Popen]:
         (folder / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
         variables = {
             "PYTHON": sys.executable, "SETUP": "skip", "OMP_NUM_THREADS": "1", "NUM_MACHINES": "2",
-            "NUM_PROCESSES": "1", "MACHINE_RANK": str(number), "MAIN_PROCESS_IP": addresses[0], "MAIN_PROCESS_PORT": "29713",
+            "NUM_PROCESSES": "1", "MACHINE_RANK": str(number), "MAIN_PROCESS_IP": addresses[0],
+            "MAIN_PROCESS_PORT": "29713",
             "DATA": str(folder), "OUTPUT": str(folder / "out"), "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [*namespace, "sh", str(ROOT / "run_pt.sh"), "--cache_dir", str(folder / "cache"), *words]
