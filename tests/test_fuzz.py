@@ -131,9 +131,11 @@ HARD = (b'{"text": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"a":' * 100_000, b
 def file_bytes(draw):
     """A file of rows in some form and encoding, then perhaps damaged; or bytes of any kind."""
     rows = draw(st.lists(row, max_size=5))
-    form = draw(st.sampled_from(("jsonl", "json", "text", "csv", "bytes")))
+    form = draw(st.sampled_from(("jsonl", "json", "text", "csv", "bytes", "hard")))
     if form == "bytes":
-        return draw(st.one_of(st.binary(max_size=300), st.sampled_from(HARD)))
+        return draw(st.binary(max_size=300))
+    if form == "hard":
+        return draw(st.sampled_from(HARD))
     if form == "csv":
         stream = io.StringIO()
         csv.writer(stream).writerows([["question", "answer", "text"], *([draw(text) for _ in range(3)] for _ in rows)])
@@ -257,7 +259,8 @@ def every_row_is_used_or_counted(data, schema, suffix):
         assert len({row["where"] for row in rows}) + sum(report.rows_refused.values()) == report.rows_read
 
 
-@check(broken_text)
+# Not the machine's own folders, which would be searched through
+@check(broken_text.filter(lambda sources: not re.search(r"(^|,)\s*[/~.*?]", sources)))
 def sources_are_found_or_refused_with_the_flag(sources):
     try:
         assert parse_sources(sources)
@@ -523,4 +526,4 @@ def test_in_short(number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CHECKS)), ids=NAMES)
 def test_for_minutes(number):
-    draw(*CHECKS[number], max_examples=2000, print_blob=True)
+    draw(*CHECKS[number], max_examples=int(__import__("os").environ.get("N", "2000")), print_blob=True)
