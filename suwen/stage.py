@@ -41,6 +41,7 @@ from suwen.progress import (
     say,
 )
 from suwen.records import draw_curves, peak_memory_bytes, timestamp, versions, without_secrets, write_json
+from suwen.rescale import engine_in_use, fit_processes
 from suwen.serving import Served
 
 if TYPE_CHECKING:
@@ -411,7 +412,10 @@ def resume_from(args: StageArguments, own_identity: dict[str, Any], output: Path
     earlier = read_json((checkpoint.parent if checkpoint else output) / "run.json")
     if args.run.resume == "never" or not (checkpoint or earlier.get("finished")):
         return checkpoint
-    if (recorded := earlier.get("identity")) and (difference := identity_difference(recorded, own_identity)):
+    recorded = earlier.get("identity")
+    if recorded and checkpoint:
+        recorded = fit_processes(checkpoint, recorded, own_identity, engine_in_use())
+    if recorded and (difference := identity_difference(recorded, own_identity)):
         raise ValueError(
             f"{checkpoint or output}: is of another run ({difference}); give another --output_dir, or --resume never "
             "to start anew"
