@@ -149,7 +149,9 @@ def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
     (parts / "global_step2").mkdir(parents=True)
     assert engine_of(parts) == "deepspeed"
     assert fit_processes(parts, two, two, "deepspeed") == two
-    with pytest.raises(ValueError, match="holds parts of 2 processes, which DeepSpeed cannot spread over 1; go on with 2"):
+    with pytest.raises(
+        ValueError, match="holds parts of 2 processes, which DeepSpeed cannot spread over 1; go on with 2"
+    ):
         fit_processes(parts, two, one, "deepspeed")
     with pytest.raises(ValueError, match="written by DeepSpeed, this run uses no engine .*same CONFIG"):
         fit_processes(parts, two, one, "none")
