@@ -11,11 +11,14 @@ Variables (all optional):
   DATA             training files or folders, a comma list, each with :weight if wanted
   VALIDATION_DATA  the same for validation; default: a seeded part of the training data
   OUTPUT           output folder
-  CONFIG           how several processes share the work: ddp (default), zero1, zero2, zero3, zero3_offload, fsdp2,
-                   or the path of an accelerate configuration
+  CONFIG           how several processes share the work: ddp (default), zero1, zero2, zero3, each zero also with _offload,
+                   fsdp2, or the path of an accelerate configuration
   NUM_PROCESSES    processes on this machine; default: one for each visible GPU, one without GPUs
   CUDA_VISIBLE_DEVICES   which GPUs; empty for none
   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT   several machines: the same command on each, with its rank
+  HOSTFILE         instead of these: DeepSpeed's list of machines, a line "name slots=GPUs" each, the first is machine 0
+  PREFLIGHT_WAIT   seconds that a machine waits for the others to start; default: 300
+  PREFLIGHT_SKIP   a reason to start several processes without comparing code, packages, data and links first
   PYTHON           interpreter to use instead of the active one; 3.11 or newer
   SETUP=skip       use that interpreter as it is: no check of its packages, nothing installed
   WHEELHOUSE       folder of wheels to install from, without a network (fill it by: pip wheel -r requirements.txt -w DIR)
@@ -187,6 +190,24 @@ find_config() {
     [ -f "$config" ] || fail "CONFIG: found $CONFIG, expected a file or one of:$(cd "$root/configs" && printf ' %s' ./*.yaml | sed 's#\./##g; s#\.yaml##g')"
 }
 
+# Sets what several machines need from a list of them; this one is found by its name or one of its addresses.
+read_hostfile() {
+    [ -f "$HOSTFILE" ] || fail "HOSTFILE: $HOSTFILE not found, expected a file with a line \"name slots=GPUs\" for each machine"
+    own=" $(uname -n) $(hostname -f 2>/dev/null || true) $(hostname -I 2>/dev/null || true) "
+    NUM_MACHINES=0
+    while read -r name slots rest || [ -n "$name" ]; do
+        case $name in '' | '#'*) continue ;; esac
+        count=${slots#slots=}
+        case $slots in slots=[1-9] | slots=[1-9][0-9]) ;; *) fail "HOSTFILE: found \"$name $slots $rest\", expected \"name slots=GPUs\"" ;; esac
+        [ "$NUM_MACHINES" -gt 0 ] || MAIN_PROCESS_IP=${MAIN_PROCESS_IP:-$name} NUM_PROCESSES=$count
+        [ "$count" = "$NUM_PROCESSES" ] || fail "HOSTFILE: found $count slots for $name, expected $NUM_PROCESSES as for the first"
+        case $own in *" $name "* | *" $name."*) MACHINE_RANK=${MACHINE_RANK:-$NUM_MACHINES} ;; esac
+        NUM_MACHINES=$((NUM_MACHINES + 1))
+    done <"$HOSTFILE"
+    [ "$NUM_MACHINES" -gt 0 ] || fail "HOSTFILE: $HOSTFILE names no machine"
+    [ -n "${MACHINE_RANK:-}" ] || fail "HOSTFILE: this machine ($(uname -n)) is not in $HOSTFILE; add it, or set MACHINE_RANK"
+}
+
 quoted() {
     for word in "$@"; do
         case $word in
@@ -199,6 +220,7 @@ quoted() {
 
 # run_stage SCRIPT FLAG...: plain Python for one process, accelerate for more. Takes the shell's place if run is "exec".
 run_stage() {
+    [ -z "${HOSTFILE:-}" ] || read_hostfile
     count_processes
     script=$root/$1
     shift

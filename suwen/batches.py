@@ -14,6 +14,7 @@ from suwen.rows import rows_of_pair
 
 Row = dict[str, list[int]]
 Batch = dict[str, Any]
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def scored_positions(labels: Sequence[int]) -> list[int]:
@@ -82,7 +83,7 @@ def collate_rows(packs: Iterable[list[Row]], pad_token_id: int | None = None) ->
 
 def pair_length(pair: dict[str, Any]) -> int:
     """Tokens of a pair as it is computed: its prompt once."""
-    return len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+    return sum(len(pair[name]) for name in PAIR_COLUMNS)
 
 
 def pack_pairs(pairs: Sequence[dict[str, Any]]) -> Batch:

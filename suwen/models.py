@@ -369,7 +369,23 @@ def load_for_training(
         path, dtype, model_args.quantization, device, model_args.attn_implementation, config, True, reward
     )
     (add_reward_forward if reward else add_scoring_head)(without_adapter(model))
+    if is_deepspeed_zero3_enabled():
+        keep_experts_together(model)
     return model
+
+
+def keep_experts_together(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Have ZeRO-3 gather a layer's experts as one: the modules that hold `experts` become its leaf modules.
+
+    Ranks route tokens to different experts, and would wait for one another over the weights of those that only some
+    of them use. DeepSpeed itself knows Mixtral's and Qwen 2 and 3's blocks, of all the families there are.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)]
+    for block in blocks:
+        set_z3_leaf_module(block, True)
+    return blocks
 
 
 def without_adapter(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import bisect
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,35 @@ from typing import Any
 import numpy as np
 import torch
 
+CHUNK_ROWS = 1 << 16  # that are Python's integers at a time
 
-def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]:
+
+class Groups(Sequence[np.ndarray]):
+    """Row numbers in groups, kept in two arrays: millions of small ones would take a hundred bytes each."""
+
+    def __init__(self, numbers: np.ndarray, starts: np.ndarray) -> None:
+        """`numbers`: (N,) of all groups, one behind another; `starts`: (groups + 1,) where each begins, and N."""
+        self.numbers, self.starts = numbers, starts
+
+    @classmethod
+    def of(cls, groups: Sequence[np.ndarray]) -> Groups:
+        starts = np.concatenate([[0], np.cumsum([len(group) for group in groups], dtype=np.int64)])
+        return cls(np.concatenate([*groups, np.zeros(0, dtype=np.int64)]), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.numbers[self.starts[number] : self.starts[number + 1]]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """(groups,) sums of (N,) int64 values in the order of `numbers`; no group is empty."""
+        return np.add.reduceat(values, self.starts[:-1]) if len(self) else np.zeros(0, dtype=np.int64)
+
+
+def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     """Best-fit decreasing: rows by falling length, each into the fullest pack that still holds it.
 
     O(n log n) in practice: packs are found by their free space, of which there are at most `capacity` values. Uses at
@@ -28,28 +56,38 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np
         raise ValueError(f"rows of {sizes.min()} to {sizes.max()} tokens do not fit packs of {capacity}")
     order = np.argsort(-sizes, kind="stable")
     spaces: list[int] = []  # free spaces that packs have, ascending
-    packs_with: dict[int, list[int]] = {}
+    packs_with: dict[int, array.array[int]] = {}
     owner: np.ndarray = np.empty(len(sizes), dtype=np.int64)
     count = 0
-    for row, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        at = bisect.bisect_left(spaces, size)
-        if at == len(spaces):
-            pack, space = count, capacity
-            count += 1
-        else:
-            space = spaces[at]
-            pack = packs_with[space].pop()
-            if not packs_with[space]:
-                del packs_with[space], spaces[at]
-        owner[row] = pack
-        if left := space - size:
-            if left not in packs_with:
-                bisect.insort(spaces, left)
-                packs_with[left] = []
-            packs_with[left].append(pack)
-    rows = np.argsort(owner, kind="stable")
-    packs = np.split(rows, np.cumsum(np.bincount(owner, minlength=count))[:-1]) if count else []
-    return sorted(packs, key=lambda pack: int(pack[0]))
+    for start in range(0, len(order), CHUNK_ROWS):
+        chosen = order[start : start + CHUNK_ROWS]
+        owners = []
+        for size in sizes[chosen].tolist():
+            at = bisect.bisect_left(spaces, size)
+            if at == len(spaces):
+                pack, space = count, capacity
+                count += 1
+            else:
+                space = spaces[at]
+                pack = packs_with[space].pop()
+                if not packs_with[space]:
+                    del packs_with[space], spaces[at]
+            owners.append(pack)
+            if left := space - size:
+                if left not in packs_with:
+                    bisect.insort(spaces, left)
+                    packs_with[left] = array.array("q")
+                packs_with[left].append(pack)
+        owner[chosen] = owners
+    del order
+    # Numbered anew by their first rows: a stable sort then gives packs in their order, and rows in theirs
+    firsts: np.ndarray = np.full(count, len(sizes), dtype=np.int64)
+    np.minimum.at(firsts, owner, np.arange(len(owner)))
+    rank: np.ndarray = np.empty(count, dtype=np.int64)
+    rank[np.argsort(firsts)] = np.arange(count)
+    owner = rank[owner]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))])
+    return Groups(np.argsort(owner, kind="stable"), starts)
 
 
 class Packs(torch.utils.data.Dataset):
@@ -57,10 +95,11 @@ class Packs(torch.utils.data.Dataset):
 
     def __init__(self, rows: Any, packs: Sequence[np.ndarray], lengths: np.ndarray) -> None:
         """`lengths`: tokens of each row as it is computed."""
-        self.rows, self.packs = rows, packs
+        self.rows, self.packs = rows, packs if isinstance(packs, Groups) else Groups.of(packs)
         # Attention within rows is quadratic in their length, everything else linear; a token attends to about
         # 1,000 others for the price of one layer's matrices, which is near enough to balance packs over ranks.
-        self.costs = np.array([lengths[pack].sum() + (lengths[pack] ** 2).sum() / 2000 for pack in packs])
+        ordered = lengths[self.packs.numbers]
+        self.costs = self.packs.sums(ordered) + self.packs.sums(ordered**2) / 2000
         self.tokens = int(lengths.sum())
 
     def __len__(self) -> int:
@@ -92,11 +131,11 @@ class BalancedSampler(torch.utils.data.Sampler):
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.costs))
         if self.group == 1:
-            return iter(order.tolist())
+            return map(int, order)
         order = order[np.argsort(self.costs[order], kind="stable")]
         # The incomplete group comes last, as its micro-step does
         rest = len(order) % self.group
         left = generator.choice(len(order), size=rest, replace=False)
         whole: np.ndarray = np.delete(order, left).reshape(-1, self.group)
         mixed = generator.permuted(generator.permutation(whole, axis=0), axis=1)
-        return iter([*mixed.flatten().tolist(), *order[left].tolist()])
+        return map(int, np.concatenate([mixed.flatten(), order[left]]))

@@ -7,6 +7,7 @@ text. What cannot be read becomes a `Refusal` in place of the pair, so that the 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
@@ -76,12 +77,14 @@ def find_files(path: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tu
     def is_kind(file: Path) -> bool:
         return file.name.lower().endswith(suffixes)
 
-    root = Path(path).expanduser()
-    if root.is_file():
+    root = _expanded(path)
+    if "\0" in path:
+        raise ValueError(f"{flag}: found {path!r}, expected a path without zero bytes")
+    if _exists(path) and root.is_file():
         if not is_kind(root):
             raise ValueError(f"{flag}: {path} is of no known kind, expected one of {' '.join(suffixes)}")
         return (root,), ()
-    if root.is_dir():
+    if _exists(path) and root.is_dir():
         found = [file for file in root.rglob("*") if file.is_file()]
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     else:
@@ -99,15 +102,29 @@ def parse_sources(sources: str, flag: str = "--train_file_dir") -> list[Source]:
 
     A path that exists as written wins over a reading as path:weight, and the whole string over a comma list.
     """
-    parts = [sources] if Path(sources).exists() else [part.strip() for part in sources.split(",") if part.strip()]
+    parts = [sources] if _exists(sources) else [part.strip() for part in sources.split(",") if part.strip()]
     if not parts:
         raise ValueError(f"{flag}: found {sources!r}, expected files or folders, such as data/a.jsonl:0.5,data/b")
     return [_parse_source(part, flag) for part in parts]
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~name of no known user: a name like any other
+        return Path(path)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return _expanded(path).exists()
+    except OSError:  # longer than a path may be, for instance a list of many
+        return False
+
+
 def _parse_source(part: str, flag: str) -> Source:
     path, weight = part, 1.0
-    if not Path(part).expanduser().exists() and ":" in part:
+    if not _exists(part) and ":" in part:
         head, tail = part.rsplit(":", 1)
         try:
             path, weight = head, float(tail)
@@ -325,7 +342,6 @@ def _read_table(file: Path, encoding: Encoding) -> Iterator[tuple[str, Any] | Re
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -335,38 +351,38 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # damaged pages: errors of Arrow, of the system, or of what stands in place of text
+        raise ValueError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
 
 
 def _read_excel(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
     """The first sheet of a workbook, with a header; every cell as text, formulas as their stored values."""
-    import zipfile
-
     import openpyxl
 
-    try:
-        book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable .xlsx workbook ({error})") from None
     header: list[str] | None = None
     try:
-        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), start=1):
-            values = ["" if cell is None else str(cell).replace("\r\n", "\n") for cell in cells]
-            if not any(values):
-                continue
-            if header is None:
-                header = [name.strip() for name in values]
-                continue
-            values += [""] * (len(header) - len(values))
-            if any(values[len(header) :]):
+        book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+        with contextlib.closing(book):
+            for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), start=1):
+                values = ["" if cell is None else str(cell).replace("\r\n", "\n") for cell in cells]
+                if not any(values):
+                    continue
+                if header is None:
+                    header = [name.strip() for name in values]
+                    continue
+                values += [""] * (len(header) - len(values))
                 where = f"{file}, row {number}"
-                message = f"{where}: found {len(values)} cells, expected {len(header)} as in the header"
-                yield Refusal(where, "cells do not match the header", message, values)
-                continue
-            yield f"{file}, row {number}", {name: value for name, value in zip(header, values, strict=False) if name}
-    finally:
-        book.close()
+                if any(values[len(header) :]):
+                    message = f"{where}: found {len(values)} cells, expected {len(header)} as in the header"
+                    yield Refusal(where, "cells do not match the header", message, values)
+                    continue
+                yield where, {name: value for name, value in zip(header, values, strict=False) if name}
+    except Exception as error:  # a damaged file raises whatever zlib, the XML parser or openpyxl come to first
+        raise ValueError(f"{file}: not a readable .xlsx workbook ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON
@@ -406,7 +422,7 @@ def _read_json_lines(file: Path, stream: TextIO) -> Iterator[tuple[str, Any] | R
             record = (where, json.loads(line))
             if "\\u" in line and not _is_unicode(record[1]):
                 record = _undecodable(*record)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             record = _invalid_json(where, error, line.rstrip("\n"))
         if count == 1 and isinstance(record, tuple) and file_kind(file) == ".json":
             first = record  # perhaps the only line: an object of rows
@@ -427,7 +443,7 @@ def _read_json_object(file: Path, stream: TextIO) -> Iterator[tuple[str, Any] | 
         where = f"{file}, line {scanner.line}"
         try:
             values.append((where, scanner.value()))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield from values
             yield _invalid_json(f"{file}, line {scanner.line}", error, None, rest=True)
             return
@@ -475,12 +491,15 @@ def _read_json_list(file: Path, stream: TextIO) -> Iterator[tuple[str, Any] | Re
             yield _undecodable(where, value) if scanner.escaped and not _is_unicode(value) else (where, value)
         if scanner.peek():
             raise json.JSONDecodeError("text after the end of the list", "", 0)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         yield _invalid_json(f"{file}, line {scanner.line}", error, None, rest=True)
 
 
 def _invalid_json(where: str, error: Exception, row: Any, rest: bool = False) -> Refusal:
-    found = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        found = error.msg
+    else:  # of the two limits that Python's parser has beside the grammar
+        found = "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
     column = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) and row is not None else ""
     reason = "invalid JSON, rest of the file not read" if rest else "invalid JSON"
     return Refusal(where, reason, f"{where}: invalid JSON ({found}{column}), expected one valid JSON value a row", row)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+BLOCK_ROWS = 1 << 20
+
 
 def prompt_hash(row: dict[str, Any]) -> int:
     """64-bit hash of what a row asks: its first user message, or its text; blind to case, width and white space."""
@@ -54,11 +56,11 @@ def choose_rows(
         start += rows
     held: np.ndarray = np.zeros(len(prompts), dtype=bool)
     if fraction:
-        chosen = np.flatnonzero(times)
-        target = max(1, round(fraction * len(chosen)))
+        chosen = times > 0
+        target = max(1, round(fraction * int(chosen.sum())))
         target = min(target, max_eval_samples or target)
         held[chosen] = hold_out(prompts[chosen], target, seed)
-        times[np.isin(prompts, prompts[held])] = 0
+        times[is_among(prompts, np.unique(prompts[held]))] = 0
         if max_eval_samples:
             thin(held, max_eval_samples, random, left_out, "--max_eval_samples")
     if max_samples and times.sum() > max_samples:
@@ -73,25 +75,51 @@ def hold_out(prompts: np.ndarray, target: int, seed: int) -> np.ndarray:
 
     The order of a prompt does not depend on the other rows, so that adding data moves few rows across the split.
     """
-    unique, inverse, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    if len(unique) < 2:
+    ordered = mix(prompts, seed)
+    ordered.sort()
+    if not len(ordered) or ordered[0] == ordered[-1]:
         return np.zeros(len(prompts), dtype=bool)
-    mixed = unique ^ np.uint64(seed % 2**64)
-    with np.errstate(over="ignore"):  # the finaliser of splitmix64 (Steele et al. 2014), which wraps around
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    chosen: np.ndarray = np.zeros(len(unique), dtype=bool)
-    held = 0
-    for prompt in np.argsort(mixed, kind="stable")[:-1]:  # one prompt at least is for training
-        if held >= target:
-            break
-        if counts[prompt] <= max(1, 2 * (target - held)):  # a prompt of very many rows stays in training
-            chosen[prompt] = True
-            held += counts[prompt]
+    chosen: list[np.uint64] = []
+    held = start = 0
+    while held < target and ordered[start] != ordered[-1]:  # one prompt at least is for training
+        end = int(np.searchsorted(ordered, ordered[start], side="right"))
+        if end - start <= max(1, 2 * (target - held)):  # a prompt of very many rows stays in training
+            chosen.append(ordered[start])
+            held += end - start
+        start = end
     if not held:
-        chosen[np.argmin(counts)] = True
-    return chosen[inverse.reshape(-1)]
+        unique, counts = np.unique(prompts, return_counts=True)
+        return prompts == unique[np.argmin(counts)]
+    del ordered
+    return is_among(prompts, np.array(chosen, dtype=np.uint64), seed)
+
+
+def mix(prompts: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded one-to-one hash of 64-bit numbers: the finaliser of splitmix64 (Steele et al. 2014), which wraps."""
+    mixed = prompts ^ np.uint64(seed % 2**64)
+    with np.errstate(over="ignore"):
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+        mixed *= np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def is_among(prompts: np.ndarray, values: np.ndarray, seed: int | None = None) -> np.ndarray:
+    """Which prompts, or with a seed which of their mixed hashes, are among these ascending values.
+
+    Block by block: numpy's own `isin` takes several times the memory of the prompts.
+    """
+    found: np.ndarray = np.zeros(len(prompts), dtype=bool)
+    if not len(values):
+        return found
+    for start in range(0, len(prompts), BLOCK_ROWS):
+        block = prompts[start : start + BLOCK_ROWS]
+        block = block if seed is None else mix(block, seed)
+        places = np.minimum(np.searchsorted(values, block), len(values) - 1)
+        found[start : start + BLOCK_ROWS] = values[places] == block
+    return found
 
 
 def thin(mask: np.ndarray, limit: int, random: np.random.Generator, left_out: Counter[str], reason: str) -> None:

@@ -33,6 +33,7 @@ from suwen.lineage import (
 from suwen.locking import hold
 from suwen.memory import Setting
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (
     RefuseNonFinite,
@@ -52,6 +53,7 @@ from suwen.records import (
     without_secrets,
     write_json,
 )
+from suwen.rescale import engine_in_use, fit_processes
 from suwen.serving import Served
 
 if TYPE_CHECKING:
@@ -167,7 +169,9 @@ def training_config(
     if data.validation is None or library.get("do_eval") is False:
         values["eval_strategy"] = "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = args.run.logging_dir or str(Path(args.run.output_dir) / "tensorboard")
-    return TrainingArguments(**values)
+    config = TrainingArguments(**values)
+    require_same_data(data.report.fingerprint, config.device)
+    return config
 
 
 def choose_packing(
@@ -484,7 +488,8 @@ def refuse_another_run(args: StageArguments, record: dict[str, Any], output: Pat
         return
     if checkpoint:
         manifest = read_manifest(checkpoint)
-        recorded, contents = manifest["identity"], manifest["data"]
+        recorded = fit_processes(checkpoint, manifest["identity"], record["identity"], engine_in_use())
+        contents = manifest["data"]
         if (before := manifest["versions"]) != record["versions"]:
             say(f"note: other versions than before: {identity_difference(before, record['versions'])}")
     else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from suwen.batches import collate_ends, collate_pairs, collate_rows, pair_length
+from suwen.batches import PAIR_COLUMNS, collate_ends, collate_pairs, collate_rows
 from suwen.checkpoint import Saves
 from suwen.interruption import StopSignals
 from suwen.lineage import read_json
@@ -38,6 +39,18 @@ def num_tokens(batch: dict[str, Any]) -> int:
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
+def row_lengths(rows: Any, columns: Sequence[str]) -> np.ndarray:
+    """(rows,) tokens in these list columns together, from the file's offsets: the tokens themselves are not read."""
+    lengths: np.ndarray = np.zeros(len(rows), dtype=np.int64)
+    start = 0
+    for table in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
+        for column in columns:
+            found = pyarrow.compute.list_value_length(table.column(column)).to_numpy()
+            lengths[start : start + table.num_rows] += found
+        start += table.num_rows
+    return lengths
+
+
 class PackedTrainer(Trainer):
     """Trains on packs of rows; the loss is a mean over all items of an optimiser step, on all ranks.
 
@@ -49,7 +62,7 @@ class PackedTrainer(Trainer):
         nonfinite: what is done at a loss or gradient that is no number.
     """
 
-    row_length: Callable[[dict[str, Any]], int]
+    length_columns: tuple[str, ...]  # a row is as long as these together
     collate: Callable[..., dict[str, Any]]
     run_dir: str | None = None  # where a checkpoint is being written
     resumed_from: Path | None = None  # until its state is taken up
@@ -108,7 +121,7 @@ class PackedTrainer(Trainer):
     @classmethod
     def packs(cls, rows: Any, capacity: int, at_once: int = 1) -> Packs:
         """Packs of up to `capacity` tokens; without a capacity `at_once` rows of about the same length."""
-        lengths = np.array([cls.row_length(row) for row in rows], dtype=np.int64)
+        lengths = row_lengths(rows, cls.length_columns)
         if not capacity:
             order = np.argsort(lengths, kind="stable") if at_once > 1 else np.arange(len(rows))
             return Packs(rows, np.split(order, range(at_once, len(rows), at_once)), lengths)
@@ -295,7 +308,7 @@ class PackedTrainer(Trainer):
 class LanguageModelTrainer(PackedTrainer):
     """Next-token training on rows of input_ids and labels; the loss is a mean over trained tokens."""
 
-    row_length = staticmethod(lambda row: len(row["input_ids"]))
+    length_columns = ("input_ids",)
     collate = staticmethod(collate_rows)
 
     def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -317,7 +330,7 @@ class PairTrainer(PackedTrainer):
     `compute_reference`, so there is never a second model or a second adapter in memory.
     """
 
-    row_length = staticmethod(pair_length)
+    length_columns = PAIR_COLUMNS
     collate = staticmethod(collate_pairs)
 
     def __init__(self, *, settings: Any, **kwargs: Any) -> None:
@@ -436,7 +449,7 @@ class RewardTrainer(PackedTrainer):
         held_out_scores: (rows, 2) of the better and the worse answers in the last evaluation; None before the first.
     """
 
-    row_length = staticmethod(pair_length)
+    length_columns = PAIR_COLUMNS
     collate = staticmethod(collate_ends)
 
     def __init__(self, *, settings: Any, **kwargs: Any) -> None:

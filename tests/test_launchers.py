@@ -38,8 +38,8 @@ def tree(tmp_path) -> Path:
     folder = tmp_path / "su wen"
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "suwen").mkdir()
-    for name in ("__init__.py", "check_environment.py", "arguments.py"):
-        shutil.copy(ROOT / "suwen" / name, folder / "suwen")
+    for name in ("__init__", "check_environment", "arguments", "preflight", "meeting", "all_reduce", "readers"):
+        shutil.copy(ROOT / "suwen" / f"{name}.py", folder / "suwen")
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "experiment.py", folder / "tools")
     for name in (*LAUNCHERS, "requirements.txt", "requirements-dev.txt"):
@@ -227,7 +227,7 @@ def test_more_processes_than_gpus_are_refused(tree):
     assert "NUM_PROCESSES=3, but only 2 GPU(s) are visible" in result.stderr
 
 
-@pytest.mark.parametrize("config", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("config", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_deepspeed_gets_its_file_by_a_path_that_works_from_any_folder(tree, tmp_path, config):
     line = dry_run(tree, PYTHONPATH=installed(tree), NUM_PROCESSES="2", CONFIG=config, cwd=tmp_path)
     assert f"{tree}/configs/{config}.json" in line
@@ -254,7 +254,8 @@ def test_an_unknown_config_names_the_known_ones(tree):
     result = call(tree, "run_sft.sh", PYTHONPATH=installed(tree), NUM_PROCESSES="2", CONFIG="zero4")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == (
-        "error: CONFIG: found zero4, expected a file or one of: ddp fsdp2 zero1 zero2 zero3 zero3_offload"
+        "error: CONFIG: found zero4, expected a file or one of: ddp fsdp2 zero1 zero1_offload zero2 zero2_offload "
+        "zero3 zero3_offload"
     )
 
 
@@ -280,11 +281,62 @@ def test_several_machines_need_an_address_and_a_rank(tree, variables, message):
     assert message in result.stderr
 
 
+def test_a_hostfile_says_who_is_who(tree):
+    own = os.uname().nodename
+    file = write_file(tree / "hostfile", f"# our machines\n10.9.9.9 slots=4\n\n{own} slots=4\n")
+    path = nvidia_smi(tree, *["580.95.05, 9.0"] * 4)
+    line = dry_run(tree, PYTHONPATH=installed(tree, "13.0"), PATH=path, HOSTFILE=str(file))
+    assert "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip 10.9.9.9 " in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a slots=2\nb slots=3\n", "found 3 slots for b, expected 2 as for the first"),
+        ("a 8\n", 'found "a 8 ", expected "name slots=GPUs"'),
+        ("# none\n", "names no machine"),
+        ("192.0.2.1 slots=2\n", "is not in"),
+    ],
+)
+def test_a_hostfile_that_does_not_fit_is_refused(tree, text, message):
+    file = write_file(tree / "hostfile", text)
+    result = call(tree, "run_sft.sh", PYTHONPATH=installed(tree), HOSTFILE=str(file))
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_slurm_starts_the_launcher_once_a_machine_with_its_rank(tree):
+    """`srun` and `scontrol` are played by scripts that do what Slurm documents."""
+    for node in (0, 1):
+        write_file(tree / "bin/scontrol", "#!/bin/sh\nprintf 'gpu07\\ngpu08\\n'\n", executable=True)
+        write_file(tree / "bin/srun", f'#!/bin/sh\nshift\nexport SLURM_NODEID={node}\nexec "$@"\n', executable=True)
+        path = nvidia_smi(tree, *["580.95.05, 9.0"] * 2)
+        slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "40123"}
+        variables = {
+            "PATH": path,
+            "PYTHONPATH": installed(tree, "13.0"),
+            "SLURM_SUBMIT_DIR": str(tree),
+            "CONFIG": "zero3",
+        }
+        line = call(
+            tree, "configs/slurm.sh", "run_sft.sh", "--seed", "7", shell="bash", DRY_RUN="1", **slurm, **variables
+        )
+        assert line.returncode == 0, line.stderr
+        expected = f"--num_processes 4 --num_machines 2 --machine_rank {node} --main_process_ip gpu07"
+        assert (
+            f"{expected} --main_process_port 20123" in line.stdout
+            and "zero3.yaml" in line.stdout
+            and line.stdout.rstrip().endswith("--seed 7")
+        )
+
+
 @pytest.mark.distributed
 def test_two_processes_on_the_cpu_share_its_cores(tree):
     pytest.importorskip("accelerate")
+    write_file(tree / "data/sft/rows.jsonl", '{"instruction": "头痛怎么办？", "output": "休息。"}\n')
     result = call(tree, "run_sft.sh", "--seed", "1", NUM_PROCESSES="2", SETUP="skip")
     assert result.returncode == 0, result.stderr
+    assert re.search(r"preflight: all-reduce of 4 MiB over 2 processes by gloo: .* GB/s", result.stderr)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert sorted((row["RANK"], row["WORLD_SIZE"]) for row in rows) == [("0", "2"), ("1", "2")]
     assert {row["OMP_NUM_THREADS"] for row in rows} == {str(max(1, (os.cpu_count() or 1) // 2))}
@@ -302,6 +354,7 @@ def test_accelerate_reads_every_config(file):
         assert config.deepspeed_config["deepspeed_config_file"] == f"configs/{file.stem}.json"
         engine = json.loads(file.with_suffix(".json").read_text())
         assert str(engine["zero_optimization"]["stage"]) == file.stem[4]
+        assert ("offload_optimizer" in engine["zero_optimization"]) == file.stem.endswith("_offload")
         # These follow the command line; a figure here would contradict it
         for key in ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu"):
             assert engine[key] == "auto"

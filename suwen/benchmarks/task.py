@@ -167,7 +167,7 @@ def text_of(row: Row, names: Sequence[str], reason: str) -> str:
     for name in names:
         value = row.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = f"{value:g}"
+            value = f"{value:g}" if isinstance(value, float) or abs(value) < 10**15 else str(value)
         if isinstance(value, str) and value.strip():
             return value.strip()
         if isinstance(value, list) and value:

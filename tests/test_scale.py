@@ -1,0 +1,198 @@
+"""More processes, the same model: losses and weights agree over engines, and checkpoints over numbers of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import supervised_finetuning
+from suwen.models import keep_experts_together
+from suwen.packing import Packs
+from suwen.rescale import engine_of, fit_processes
+from suwen.trainers import row_lengths
+from template import TEMPLATES
+
+ROOT = Path(__file__).parents[1]
+# Plain gradient steps: Adam would turn rounding differences of tiny gradients into whole steps
+SAME = ["--optim", "sgd", "--learning_rate", "0.1", "--warmup_steps", "0", "--max_grad_norm", "0", "--packing", "False"]
+SAME += ["--train_sampling_strategy", "random", "--logging_steps", "1", "--eval_strategy", "no", "--use_peft", "False"]
+SAME += ["--gradient_accumulation_steps", "2", "--report_to", "none"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer(special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=TEMPLATES["chatml"].jinja)
+    tokenizer.save_pretrained(folder)
+    tiny_model(tokenizer).save_pretrained(folder)
+    rows = [
+        {"instruction": f"第{i}位患者问：血压高怎么办？", "output": f"建议第{i}位" + "多休息，" * (i % 5) + "就医。"}
+        for i in range(34)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return folder
+
+
+def words_for(base: Path, output: Path, *more: str) -> list[str]:
+    words = [
+        "--model_name_or_path",
+        str(base),
+        "--train_file_dir",
+        str(base / "rows.jsonl"),
+        "--output_dir",
+        str(output),
+    ]
+    return [*words, "--cache_dir", str(base / "cache"), "--max_length", "128", *SAME, *more]
+
+
+def train_alone(base: Path, output: Path, *more: str) -> None:
+    supervised_finetuning.main(words_for(base, output, "--per_device_train_batch_size", "4", *more))
+
+
+def launch(base: Path, output: Path, config: str, *more: str) -> subprocess.CompletedProcess:
+    """Two processes by the launcher, as the user starts them."""
+    variables = {
+        "PYTHON": sys.executable,
+        "SETUP": "skip",
+        "CONFIG": config,
+        "NUM_PROCESSES": "2",
+        "OUTPUT": str(output),
+    }
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = words_for(base, output, "--per_device_train_batch_size", "2", *more)
+    command = ["sh", str(ROOT / "run_sft.sh"), *words]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=400, cwd=base)
+
+
+def losses(output: Path) -> list[float]:
+    state = max(output.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max((one[name].float() - two[name].float()).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    train_alone(base, output, "--max_steps", "3")
+    return output
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_two_processes_of_every_engine_have_the_losses_and_weights_of_one(config, base, alone, tmp_path):
+    result = launch(base, tmp_path, config, "--max_steps", "3")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+    assert len(losses(alone)) == 3
+    start = {name: value for name, value in weights(base).items() if name in weights(alone)}
+    moved = apart(weights(alone), start)
+    assert moved > 1e-3
+    assert apart(weights(alone), weights(tmp_path)) < 1e-3 * moved
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+def test_a_checkpoint_of_two_processes_goes_on_with_one_and_the_other_way_round(base, alone, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    result = launch(base, two, "ddp", "--max_steps", "3", "--save_steps", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    train_alone(base, one, "--max_steps", "3", "--save_steps", "2")
+    for folder in (two, one):  # as if it had been stopped after its second step
+        for file in (folder / "run.json", folder / "model.safetensors"):
+            record = json.loads(file.read_text()) | {"finished": False} if file.suffix == ".json" else None
+            file.write_text(json.dumps(record)) if record else file.unlink()
+        subprocess.run(["rm", "-r", str(folder / "checkpoint-3")], check=True)
+    train_alone(base, two, "--max_steps", "3", "--save_steps", "2")
+    result = launch(base, one, "ddp", "--max_steps", "3", "--save_steps", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    moved = apart(weights(alone), {n: v for n, v in weights(base).items() if n in weights(alone)})
+    for folder in (two, one):
+        record = json.loads((folder / "run.json").read_text())
+        assert record["training"]["resumed_from"].endswith("checkpoint-2")
+        assert apart(weights(folder), weights(alone)) < 1e-3 * moved
+
+
+def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
+    two = {"world_size": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-4}
+    whole = tmp_path / "checkpoint-1"
+    whole.mkdir()
+    one = two | {"world_size": 1, "per_device_train_batch_size": 8}
+    assert fit_processes(whole, two, one, "none") == one
+    assert fit_processes(whole, one, two, "none") == two
+    assert fit_processes(whole, two, two | {"learning_rate": 1}, "none") == two  # compared by the caller
+    with pytest.raises(
+        ValueError, match="took 8 sequences at once, 1 would take 4; go on with --per_device_train_b.* 8"
+    ):
+        fit_processes(whole, two, two | {"world_size": 1}, "none")
+    with pytest.raises(
+        ValueError, match="2 processes took 8 sequences at once, 3 would take 12; go on with 2 processes"
+    ):
+        fit_processes(whole, two, two | {"world_size": 3}, "none")
+    parts = tmp_path / "checkpoint-2"
+    (parts / "global_step2").mkdir(parents=True)
+    assert engine_of(parts) == "deepspeed"
+    assert fit_processes(parts, two, two, "deepspeed") == two
+    with pytest.raises(
+        ValueError, match="holds parts of 2 processes, which DeepSpeed cannot spread over 1; go on with 2"
+    ):
+        fit_processes(parts, two, one, "deepspeed")
+    with pytest.raises(ValueError, match="written by DeepSpeed, this run uses no engine .*same CONFIG"):
+        fit_processes(parts, two, one, "none")
+
+
+def test_zero_3_takes_the_experts_of_a_layer_as_one():
+    config = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **config, num_key_value_heads=2, moe_intermediate_size=8, num_hidden_layers=3, first_k_dense_replace=1,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, kv_lora_rank=4, q_lora_rank=4,
+            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+        )
+    )  # fmt: skip
+    blocks = keep_experts_together(model)
+    assert [type(block).__name__ for block in blocks] == ["DeepseekV3MoE"] * 2  # the first layer is dense
+    assert all(block._z3_leaf for block in blocks)
+    assert keep_experts_together(LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=1))) == []
+
+
+# Large data
+
+
+def test_lengths_are_read_from_the_offsets_also_of_chosen_and_many_batches():
+    made = [{"input_ids": [1] * (i % 7), "chosen_ids": [2] * (i % 3)} for i in range(25_000)]
+    rows = Dataset.from_list(made)
+    expected = [i % 7 + i % 3 for i in range(25_000)]
+    assert row_lengths(rows, ("input_ids", "chosen_ids")).tolist() == expected
+    assert row_lengths(rows.select([5, 3, 24_999]), ("input_ids",)).tolist() == [5, 3, 24_999 % 7]
+    assert row_lengths(rows.select([]), ("input_ids",)).tolist() == []
+
+
+@pytest.mark.training
+def test_a_resumed_run_does_not_read_what_it_has_trained(base, tmp_path, monkeypatch):
+    read: list[int] = []
+    whole = Packs.__getitem__
+    monkeypatch.setattr(Packs, "__getitem__", lambda packs, number: (read.append(number), whole(packs, number))[1])
+    train_alone(base, tmp_path, "--max_steps", "2", "--save_steps", "2")
+    first, read[:] = list(read), []
+    (tmp_path / "run.json").write_text(
+        json.dumps(json.loads((tmp_path / "run.json").read_text()) | {"finished": False})
+    )
+    train_alone(base, tmp_path, "--max_steps", "3", "--save_steps", "2")
+    assert len(set(first)) >= 16 and not set(read) & set(first[:16])
