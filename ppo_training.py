@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from suwen import models, reinforcement, rewards, stage
     from suwen.data import prepare_data
     from suwen.encoding import ChatEncoder
-    from suwen.ppo import PolicyTrainer
+    from suwen.ppo import PolicyTrainer, describe_updates
     from suwen.rows import PromptRows
 
     given = args.own
@@ -38,11 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
     encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))
     prompts = PromptRows(encoder, rewards.prompt_room(length, given.max_new_tokens))
-    data = prepare_data(args.data, "prompt", prompts, args.run.output_dir)
+    data = prepare_data(args.data, "prompt", prompts, args.run.written_to)
 
     # Model: base weights, quantised if asked, adapters on top; reward models beside it
     defaults = {**DEFAULTS, "learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE}
     config = stage.training_config(args, library, precision, defaults, data)
+    if args.run.dry_run:
+        return stage.dry_run(args, config, data, [describe_updates(config, given, len(data.train))])
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
     packing = stage.choose_packing(args, config, model, tokenizer)

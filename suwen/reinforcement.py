@@ -18,7 +18,7 @@ from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step, list_checkpoints
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
 from suwen.policy_alarms import Limits, find_alarm
-from suwen.ppo import PolicyTrainer
+from suwen.ppo import PolicyTrainer, describe_updates
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
 
@@ -54,8 +54,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         *data.report.lines(),
         "example prompt:",
         trainer.processing_class.decode(example[2]),
-        f"{given.algorithm}: {trainer.planned_updates()} updates, each of {trainer.batch_size} answers to "
-        f"{trainer.num_prompts} prompts and {trainer.steps_an_update} optimiser steps",
+        describe_updates(config, given, len(data.train)),
         f"training {record['trained_parameters']:,} of {record['parameters']:,} parameters in "
         f"{'/'.join(record['trained_dtype'])} on {config.world_size} x {config.device.type}",
     )

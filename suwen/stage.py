@@ -13,7 +13,7 @@ import pyarrow.compute
 import torch
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
-from suwen import attention
+from suwen import attention, planning
 from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference
 from suwen.encoding import ChatEncoder
@@ -88,7 +88,8 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         parse_tasks(args.run.eval_tasks, flag="--eval_tasks")
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
-    make_output_dir(args.run.output_dir)
+    if not args.run.dry_run:
+        make_output_dir(args.run.output_dir)
     precision = compute_precision(library)
     if precision == "bf16" and uses_deepspeed(library) and not torch.cuda.is_available():
         precision = "fp32"  # the library refuses bf16 without a GPU unless use_cpu is set, which DeepSpeed cannot have
@@ -97,12 +98,40 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     if is_adapter_dir(start) and args.model.quantization != "none":
         say("its adapter goes on training as it is: --lora_rank, --target_modules and the like have no effect")
     window = getattr(load_config(start), "max_position_embeddings", None)
+    if args.data.max_length == "auto":
+        args.data.max_length = automatic_length(args, library, precision, start, window)
     length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
     if window and length > window and not args.model.rope_scaling:
         raise ValueError(
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
     return start, precision, length
+
+
+def automatic_length(
+    args: StageArguments, library: dict[str, Any], precision: str, start: str, window: int | None
+) -> int | None:
+    """--max_length auto: what fits into memory; None, with the reason, where that cannot be planned."""
+    if args.model.rope_scaling or window is None:
+        raise ValueError("--max_length auto: found no window to choose from (--rope_scaling, or none in the config)")
+    values = {**COMMON, "gradient_checkpointing": True, **library}
+    values |= {
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": values["gradient_checkpointing"] is not False,
+    }
+    args.data.max_length = None
+    try:
+        plan = planning.outlook(args, values, precision, start, runs_on_cpu(library))
+    except ValueError as error:
+        say(f"--max_length auto: no memory plan ({first_line(error)})")
+        return None
+    length, line = planning.choose_length(plan, window)
+    say(line)
+    return length
+
+
+def runs_on_cpu(library: dict[str, Any]) -> bool:
+    return bool(library.get("use_cpu")) or not torch.cuda.is_available()
 
 
 def make_output_dir(output_dir: str) -> None:
@@ -133,8 +162,10 @@ def training_config(
 
     Building it starts the process group, so everything that can take long is done before.
     """
-    cpu = library.get("use_cpu") or not torch.cuda.is_available()
-    values: dict[str, Any] = {**COMMON, "gradient_checkpointing": not cpu, **defaults, **library}
+    cpu = runs_on_cpu(library)
+    values: dict[str, Any] = {**COMMON, "gradient_checkpointing": "auto", **defaults, **library}
+    args.outlook, lines = planning.settle(args, values, precision, cpu, data)
+    say(*lines)
     deepspeed = uses_deepspeed(library)
     # With use_cpu accelerate would leave DeepSpeed aside without a word; it finds the CPU by itself.
     values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed}
@@ -154,6 +185,20 @@ def training_config(
         values["eval_strategy"] = "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = args.run.logging_dir or str(Path(args.run.output_dir) / "tensorboard")
     return TrainingArguments(**values)
+
+
+def dry_run(args: StageArguments, config: Any, data: PreparedData, steps: list[str] | None = None) -> None:
+    """Say what the run would be: its data, memory and steps. Nothing is loaded, trained or written.
+
+    `steps`: lines that say how many there are; None for those of packed or padded rows.
+    """
+    steps = steps or planning.step_lines(config, data, int(args.data.max_length or 1024), args.data.packing)
+    say(*data.report.lines())
+    if args.outlook is not None:
+        say(*planning.describe_outlook(args.outlook))
+    say(*steps, "dry run: nothing was trained, and nothing written but the cache of encoded data")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def choose_packing(
