@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     library = parse_library_flags(args)
     if library.get("neftune_noise_alpha"):
         raise ValueError("--neftune_noise_alpha: noise would part the policy from what it drew; not with this stage")
+    if args.model.router_aux_loss_coef:
+        raise ValueError("--router_aux_loss_coef: is no part of this stage's loss; leave it out")
+    args.model.router_aux_loss_coef = 0.0
     given.reward = rewards.find_rewards(given.reward, args.model.outputs)
     start, precision, length = stage.begin(args, library)
 

@@ -43,6 +43,11 @@ class ModelArguments:
     rope_scaling: Literal["linear", "dynamic", "yarn"] | None = flag(
         None, "stretch RoPE so that --max_length fits; the factor follows from the model's own window"
     )
+    router_aux_loss_coef: float | None = flag(
+        None,
+        "weight of the loss that keeps experts in even use; unset: the model's own in full training, 0 with LoRA, which"
+        " leaves routers as they are",
+    )
     outputs: str = flag("outputs", "where finished stages are looked for when --model_name_or_path is unset")
 
 
@@ -533,6 +538,8 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         value = getattr(run if name == "eval_task_samples" else data, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: found {value}, expected at least 1")
+    if (model.router_aux_loss_coef or 0) < 0:
+        raise ValueError(f"--router_aux_loss_coef: found {model.router_aux_loss_coef}, expected 0 or more")
     if lora.lora_rank < 1:
         raise ValueError(f"--lora_rank: found {lora.lora_rank}, expected at least 1")
     if not 0 <= lora.lora_dropout < 1:

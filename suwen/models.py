@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from suwen import architectures
+from suwen import architectures, experts
 from suwen.encoding import apply_template
 from suwen.head import add_reward_forward, add_scoring_head, init_reward_head
 from suwen.lineage import (
@@ -38,6 +38,7 @@ from suwen.lineage import (
     resolve_lineage,
 )
 from suwen.lora_targets import linear_names, lora_targets, trainable_token_indices
+from suwen.progress import say
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns on stdout
@@ -368,8 +369,31 @@ def load_for_training(
     model = load_causal_lm(
         path, dtype, model_args.quantization, device, model_args.attn_implementation, config, True, reward
     )
-    (add_reward_forward if reward else add_scoring_head)(without_adapter(model))
+    prepare_experts(without_adapter(model), model_args, lora.use_peft, reward)
     return model
+
+
+def prepare_experts(model: Any, model_args: Any, use_peft: bool, reward: bool) -> None:
+    """Give a model the forward pass of its stage, with the routers' loss for a mixture of experts.
+
+    Raises:
+        ValueError: --router_aux_loss_coef for a model without experts.
+    """
+    add_forward = add_reward_forward if reward else add_scoring_head
+    if not experts.find_routers(model):
+        if model_args.router_aux_loss_coef:
+            raise ValueError(
+                f"--router_aux_loss_coef: model type {model.config.model_type!r} has no experts, expected such a model"
+            )
+        return add_forward(model)
+    config = model.config.get_text_config()
+    config.router_aux_loss_coef = experts.coefficient(model_args.router_aux_loss_coef, config, use_peft)
+    if is_deepspeed_zero3_enabled():
+        experts.mark_leaf_modules(model)
+    count, dtype = experts.stacked_experts(model)
+    if model_args.quantization != "none" and count:
+        say(f"note: --quantization {model_args.quantization} leaves the stacked experts, {count:,} weights, in {dtype}")
+    add_forward(model, experts.RouterWatch(model) if config.router_aux_loss_coef else None)
 
 
 def without_adapter(model: Any) -> Any:
