@@ -32,8 +32,8 @@ class ModelArguments:
         " --outputs, else the embedded model",
     )
     tokenizer_name_or_path: str | None = flag(None, "tokenizer folder or hub name; unset: the model's own")
-    quantization: Literal["none", "8bit", "4bit"] = flag(
-        "none", "load the frozen base in bitsandbytes int8 or NF4 (with --use_peft)"
+    quantization: Literal["none", "8bit", "4bit", "2bit"] = flag(
+        "none", "load the frozen base in bitsandbytes int8 or NF4, or in two bits (HQQ), with --use_peft"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "weights in memory; auto: float32 for what is trained, the compute precision for what is frozen"
@@ -144,7 +144,7 @@ class PolicyArguments:
     held_out_reward: str | None = flag(
         None, "the same form, measured at evaluations and never trained on; the run stops where it falls"
     )
-    reward_quantization: Literal["none", "8bit", "4bit"] = flag("none", "how reward models are loaded")
+    reward_quantization: Literal["none", "8bit", "4bit", "2bit"] = flag("none", "how reward models are loaded")
     num_generations: int | None = flag(None, "answers to each prompt of an update (ppo 1, rloo 4, grpo 8)")
     max_new_tokens: int = flag(256, "tokens of an answer, at most; those that --max_length leaves are for the prompt")
     temperature: float = flag(1.0, "of the answers that are trained on")
