@@ -40,8 +40,13 @@ class ModelArguments:
     )
     pure_bf16: bool = flag(False, "train bfloat16 weights without float32 masters (least memory)")
     attn_implementation: str | None = flag(None, "sdpa (default), eager, or another one known to transformers")
-    rope_scaling: Literal["linear", "dynamic", "yarn"] | None = flag(
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = flag(
         None, "stretch RoPE so that --max_length fits; the factor follows from the model's own window"
+    )
+    shift_attn: bool = flag(
+        False,
+        "train long rows with shifted sparse attention (S2-Attn, LongLoRA), in groups of a quarter of --max_length;"
+        " evaluation and the result have full attention (pt and sft; the paper also trains embed_tokens and norm)",
     )
     router_aux_loss_coef: float | None = flag(
         None,
@@ -285,7 +290,6 @@ DROPPED = {
 REMOVED = {
     "peft_path": "give the adapter folder as --model_name_or_path",
     "flash_attn": "choose with --attn_implementation; packing needs no flash-attn package",
-    "shift_attn": "shifted sparse attention is not part of this version",
     "use_flash_attention_2": "choose with --attn_implementation",
     "dataset_name": "give local files by --train_file_dir",
     "dataset_config_name": "give local files by --train_file_dir",
@@ -515,6 +519,8 @@ def parse_stage_arguments(
     run.output_dir = run.output_dir or os.path.join(model.outputs, stage)
     check_combinations(model, data, lora, run)
     ours_alone = rest_of_them[0] if rest_of_them else None
+    if model.shift_attn and stage not in ("pt", "sft"):
+        raise ValueError("--shift_attn: for pretraining and SFT alone; pairs and drawn answers have full attention")
     if isinstance(ours_alone, PreferenceArguments):
         check_preference(ours_alone)
     if isinstance(ours_alone, PolicyArguments):
@@ -530,6 +536,8 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         )
     if model.pure_bf16 and (lora.use_peft or model.dtype not in ("auto", "bfloat16")):
         raise ValueError("--pure_bf16: for training all weights in bfloat16; not with --use_peft or another --dtype")
+    if model.shift_attn and model.attn_implementation:
+        raise ValueError("--shift_attn and --attn_implementation: give one of them")
     if isinstance(data.max_length, int) and data.max_length < 8:
         raise ValueError(f"--max_length: found {data.max_length}, expected at least 8 tokens")
     if not 0 <= data.validation_split_fraction < 1:

@@ -111,7 +111,8 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
     """Stretch rotary positions so that `length` tokens fit, in the way transformers 5 stores it.
 
     linear: Chen et al. 2023 (arXiv:2306.15595); yarn: Peng et al. 2023 (arXiv:2309.00071); dynamic: NTK-aware,
-    acts only beyond the model's own window.
+    acts only beyond the model's own window. llama3: Llama 3.1 (arXiv:2407.21783), low frequencies alone, with its
+    released factors 1 and 4.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or "rope_theta" not in parameters:
@@ -128,7 +129,9 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
         raise ValueError(f"--rope_scaling: --max_length {length} already fits the model's window of {window}")
     factor = length / window if kind == "yarn" else float(math.ceil(length / window))
     config.rope_parameters = {**parameters, "rope_type": kind, "factor": factor}
-    if kind == "yarn":
+    if kind == "llama3":
+        config.rope_parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind in ("yarn", "llama3"):
         config.rope_parameters["original_max_position_embeddings"] = window
     if kind != "dynamic":  # dynamic scaling starts where the model's own window ends
         config.max_position_embeddings = length

@@ -217,10 +217,12 @@ def choose_packing(
     problem: str | None = "--attn_implementation"
     if args.model.attn_implementation is None:
         try:
-            base.set_attn_implementation(attention.NAME)
+            base.set_attn_implementation(attention_name(args))
             problem = packing_problem(model, len(tokenizer), config, pairs)
         except (ValueError, NotImplementedError) as error:
             problem = first_line(error)
+    if problem and args.model.shift_attn:
+        raise ValueError(f"--shift_attn: this model cannot be trained on packed rows ({problem}); leave it out")
     if problem:
         base.set_attn_implementation(own)
         problem = packing_problem(model, len(tokenizer), config, pairs)
@@ -229,6 +231,15 @@ def choose_packing(
     elif not args.data.packing:
         say("packing off: --packing False")
     return {"packing": args.data.packing and problem is None, "padding": problem is not None}
+
+
+def attention_name(args: StageArguments) -> str:
+    """Attention segment by segment, or with --shift_attn in groups of a quarter of --max_length (the paper's share)."""
+    if not args.model.shift_attn:
+        return attention.NAME
+    group = max(2, int(args.data.max_length or 1024) // 4 // 2 * 2)
+    say(f"shifted sparse attention in training, in groups of {group} tokens")
+    return attention.register_shifted(group)
 
 
 def identity(

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import collate_ends, collate_pairs, collate_rows, pair_length
 from suwen.models import without_adapter, without_dropout
+from suwen.neftune import EmbeddingNoise
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
@@ -86,6 +87,10 @@ class PackedTrainer(Trainer):
         config = without_adapter(self.model).config.get_text_config()
         self.router_coefficient = getattr(config, "router_aux_loss_coef", None) or 0.0
         self.router_loss: torch.Tensor | None = None
+        self.neftune_noise_alpha = None  # the library's noise, which knows no packed rows
+        self.noise = None
+        if args.neftune_noise_alpha:
+            self.noise = EmbeddingNoise(self.model.get_input_embeddings(), args.neftune_noise_alpha)
         self.sums: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -122,6 +127,8 @@ class PackedTrainer(Trainer):
 
     def call(self, model: Any, batch: dict[str, Any]) -> Any:
         """What the model says of a batch; the loss of its routers, where it has one, is kept for `compute_loss`."""
+        if self.noise is not None:
+            self.noise.rows(batch)
         output = model(**batch)
         self.router_loss = output.router_loss
         return output
