@@ -221,8 +221,12 @@ def choose_packing(
             problem = packing_problem(model, len(tokenizer), config, pairs)
         except (ValueError, NotImplementedError) as error:
             problem = first_line(error)
+    if args.model.shift_attn and not (base._supports_attention_backend and positions_of(base.config)):
+        problem = "its attention cannot be replaced, or it has no rotary positions"  # the probe may not notice
     if problem and args.model.shift_attn:
-        raise ValueError(f"--shift_attn: this model cannot be trained on packed rows ({problem}); leave it out")
+        raise ValueError(
+            f"--shift_attn: model type {base.config.model_type!r} cannot have it ({problem}); leave it out"
+        )
     if problem:
         base.set_attn_implementation(own)
         problem = packing_problem(model, len(tokenizer), config, pairs)

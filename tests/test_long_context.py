@@ -209,7 +209,9 @@ def test_a_stage_trains_with_shifted_attention_and_refuses_where_it_cannot(base,
     bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=1024))
     bloom.save_pretrained(tmp_path / "bloom")
     tiny_tokenizer().save_pretrained(tmp_path / "bloom")
-    with pytest.raises(ValueError, match="--shift_attn: this model cannot be trained on packed rows"):
+    with pytest.raises(
+        ValueError, match="--shift_attn: model type 'bloom' cannot have it .its attention cannot be replaced"
+    ):
         SCRIPTS["pt"].main(arguments("pt", str(tmp_path / "bloom"), tmp_path, "--shift_attn"))
 
 
