@@ -116,7 +116,7 @@ def shifted_attention(
     kv_index: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Shifted sparse attention in training, else full attention: S2-Attn (Chen et al. 2023, arXiv:2309.12307, LongLoRA).
+    """Shifted sparse attention in training, else full attention: S2-Attn of LongLoRA (arXiv:2309.12307).
 
     A token attends to its own group of `group` tokens; in the second half of the heads groups lie half a group further
     on, so that what one layer cannot reach passes through the next. Groups are counted from the beginning of each
