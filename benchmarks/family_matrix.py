@@ -181,30 +181,25 @@ def table(results: dict[str, dict[str, str]]) -> list[str]:
     return lines
 
 
+PAGE = """# Model families
+
+Written by `python -m benchmarks.family_matrix --write`, not by hand: a tiny random model of each class goes through the
+scripts that a user calls, each step on the result of the one before. `tests/test_families.py` holds every cell.
+
+{table}
+
+{versions}. 4 bit leaves the stacked experts of mixtures (Mixtral, Qwen3-MoE, DeepSeek) in 16 bits; the stages say how many
+weights these are. "(converted)": by `tools/convert_checkpoint.py`, to a class that needs no code of the model's own.
+"""
+
+
 def page(results: dict[str, dict[str, str]]) -> str:
     """The table with the versions that it was made with."""
     from suwen.records import versions
 
     known = versions()
     made_with = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers", "peft") if name in known)
-    return "\n".join(
-        [
-            "# Model families",
-            "",
-            "Written by `python -m benchmarks.family_matrix --write`, not by hand: a tiny random model of each class goes"
-            " through",
-            "the scripts that a user calls, each step on the result of the one before. `tests/test_families.py` holds"
-            " every cell.",
-            "",
-            *table(results),
-            "",
-            f"{made_with}. 4 bit leaves the stacked experts of mixtures (Mixtral, Qwen3-MoE, DeepSeek) in 16 bits; the"
-            " stages say",
-            'how many weights these are. "(converted)": by `tools/convert_checkpoint.py`, to a class that needs no code'
-            " of the model's own.",
-            "",
-        ]
-    )
+    return PAGE.format(table="\n".join(table(results)), versions=made_with)
 
 
 @dataclass
