@@ -125,10 +125,10 @@ def shifted_attention(
 
     Args: as of `varlen_attention`, with `group` even.
     """
-    more = {"max_length_q": max_length_q, "max_length_k": max_length_k, "kv_index": kv_index, **kwargs}
+    more: dict[str, Any] = {"max_length_q": max_length_q, "max_length_k": max_length_k, "kv_index": kv_index, **kwargs}
     if not module.training:
-        bounds = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
-        return varlen_attention(module, query, key, value, attention_mask, **bounds, **more)
+        more |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        return varlen_attention(module, query, key, value, attention_mask, **more)
     if cu_seq_lens_q is None or kv_index is not None:
         raise NotImplementedError("shifted attention trains packed rows alone, neither padded rows nor pairs")
     heads = query.shape[1]
@@ -138,8 +138,8 @@ def shifted_attention(
     found = []
     for q, k, v, shift in halves:
         bounds = group_bounds(cu_seq_lens_q, group, shift)
-        lengths = {"max_length_q": group, "max_length_k": group, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-        found.append(varlen_attention(module, q, k, v, None, **lengths, **kwargs)[0])
+        kwargs |= {"max_length_q": group, "max_length_k": group, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        found.append(varlen_attention(module, q, k, v, None, **kwargs)[0])
     return torch.cat(found, dim=2), None
 
 
