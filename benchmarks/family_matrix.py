@@ -189,7 +189,8 @@ scripts that a user calls, each step on the result of the one before. `tests/tes
 {table}
 
 {versions}. 4 bit leaves the stacked experts of mixtures (Mixtral, Qwen3-MoE, DeepSeek) in 16 bits; the stages say how
-many weights these are. "(converted)": by `tools/convert_checkpoint.py`, to a class that needs no code of the model's own.
+many weights these are. "(converted)": by `tools/convert_checkpoint.py`, to a class that needs no code of the model's
+own.
 """
 
 
