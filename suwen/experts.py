@@ -26,7 +26,7 @@ def find_routers(model: Any) -> list[torch.nn.Module]:
 
 def stacked_experts(model: Any) -> tuple[int, str]:
     """Number of weights in stacked experts, 3-D tensors that neither 4 bit nor LoRA's `all` reach; their dtype."""
-    found = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    found = [p for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name]
     return sum(parameter.numel() for parameter in found), str(found[0].dtype).removeprefix("torch.") if found else ""
 
 

@@ -254,7 +254,7 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
         fixed["quantisation constants"] = metadata
         fixed["adapters"] = trained * trained_bytes
         if setting.quantization != "none" and shape.experts:
-            notes.append("experts are stacked tensors, which bitsandbytes does not quantise: they stay in 16 bits")
+            notes.append("experts are stacked tensors, which are not quantised: they stay in 16 bits")
     else:
         fixed["weights"] = trained * trained_bytes / shard_weights
     if deepspeed and e == 2 and not setting.offload:

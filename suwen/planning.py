@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from suwen.data import PreparedData
 
 LENGTHS = [2**power for power in range(7, 18)]  # that --max_length auto tries, beside the model's window
+UNPLANNABLE = (ValueError, AttributeError, KeyError, TypeError, RuntimeError)  # what building an odd model may raise
 PARTS_OF_A_PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -112,12 +113,13 @@ def outlook(args: StageArguments, values: dict[str, Any], precision: str, start:
         values: the library's flags, with the defaults of the stage.
 
     Raises:
-        ValueError: a model whose parts the planner cannot count.
+        ValueError: a flag that cannot be, or a model whose parts the planner cannot count.
     """
     goes_on = is_adapter_dir(start) and args.model.quantization != "none"
     rank = read_json(Path(start) / "adapter_config.json").get("r", 8) if goes_on else args.lora.lora_rank
     sharding, offload = sharding_of(values)
-    shape = shape_of(load_config(start), "all" if goes_on else args.lora.target_modules)
+    adapts = args.lora.use_peft and not goes_on
+    shape = shape_of(load_config(start), args.lora.target_modules if adapts else "all")
     setting = Setting(
         stage=args.stage,
         use_peft=args.lora.use_peft,
@@ -194,7 +196,9 @@ def settle(
     start, _ = find_start(args.model.model_name_or_path, args.model.outputs, args.stage)
     try:
         plan = outlook(args, values, precision, start, cpu)
-    except ValueError as error:
+    except UNPLANNABLE as error:  # a model that the planner does not know may still be trained
+        if first_line(error).startswith("--"):
+            raise
         return None, [f"no memory plan: {first_line(error)}"]
     plan = with_data(plan, data, args.data.packing, answer)
     lines = []

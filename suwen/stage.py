@@ -122,7 +122,7 @@ def automatic_length(
     args.data.max_length = None
     try:
         plan = planning.outlook(args, values, precision, start, runs_on_cpu(library))
-    except ValueError as error:
+    except planning.UNPLANNABLE as error:
         say(f"--max_length auto: no memory plan ({first_line(error)})")
         return None
     length, line = planning.choose_length(plan, window)

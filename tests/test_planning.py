@@ -67,6 +67,21 @@ def test_auto_recomputes_and_splits_the_step_where_memory_is_short_and_learns_th
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the same rows in a step, drawn in another order
 
 
+@pytest.mark.training
+def test_a_dry_run_refuses_bad_flags_and_goes_on_without_a_plan(base, tmp_path, capsys, monkeypatch):  # noqa: F811
+    wrong = ["--use_peft", "True", "--target_modules", "W_pack,nonsense", "--dry_run"]
+    with pytest.raises(ValueError, match="--target_modules: found nonsense"):
+        STAGES["sft"].main(arguments("sft", base, tmp_path, *wrong))
+
+    def unknown(*args):
+        raise AttributeError("hidden_size")
+
+    monkeypatch.setattr(planning, "shape_of", unknown)
+    STAGES["sft"].main(arguments("sft", base, tmp_path, "--dry_run", "--max_length", "auto"))
+    said = capsys.readouterr().out
+    assert "no memory plan: hidden_size" in said and "optimiser steps over" in said
+
+
 # What auto takes
 
 
