@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     # Data: preference pairs -> ids of the prompt and of both answers
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
     encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))
-    data = prepare_data(args.data, "preference", PreferenceRows(encoder, length), args.run.output_dir)
+    data = prepare_data(args.data, "preference", PreferenceRows(encoder, length), args.run.written_to)
 
     # Model: base weights, quantised if asked, adapters on top
     defaults = {
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_epochs": 1,
     }
     config = stage.training_config(args, library, precision, defaults, data)
+    if args.run.dry_run:
+        return stage.dry_run(args, config, data)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
     packing = stage.choose_packing(args, config, model, tokenizer, pairs=True)

@@ -30,7 +30,7 @@ class MergeArguments:
         "dequantized",
         "for adapters trained on a quantised base: merge into it as trained, or into the original weights",
     )
-    quantization: Literal["none", "8bit", "4bit"] | None = flag(
+    quantization: Literal["none", "8bit", "4bit", "2bit"] | None = flag(
         None, "quantisation of the base in the training; unset: as the adapter's run.json says, else none"
     )
     max_shard_size: str = flag("4GB", "largest weight file, such as 500MB or 4GB")

@@ -24,13 +24,16 @@ def main(argv: list[str] | None = None) -> None:
     from suwen import models, reinforcement, rewards, stage
     from suwen.data import prepare_data
     from suwen.encoding import ChatEncoder
-    from suwen.ppo import PolicyTrainer
+    from suwen.ppo import PolicyTrainer, describe_updates
     from suwen.rows import PromptRows
 
     given = args.own
     library = parse_library_flags(args)
     if library.get("neftune_noise_alpha"):
         raise ValueError("--neftune_noise_alpha: noise would part the policy from what it drew; not with this stage")
+    if args.model.router_aux_loss_coef:
+        raise ValueError("--router_aux_loss_coef: is no part of this stage's loss; leave it out")
+    args.model.router_aux_loss_coef = 0.0
     given.reward = rewards.find_rewards(given.reward, args.model.outputs)
     start, precision, length = stage.begin(args, library)
 
@@ -38,11 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
     encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))
     prompts = PromptRows(encoder, rewards.prompt_room(length, given.max_new_tokens))
-    data = prepare_data(args.data, "prompt", prompts, args.run.output_dir)
+    data = prepare_data(args.data, "prompt", prompts, args.run.written_to)
 
     # Model: base weights, quantised if asked, adapters on top; reward models beside it
     defaults = {**DEFAULTS, "learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE}
     config = stage.training_config(args, library, precision, defaults, data)
+    if args.run.dry_run:
+        return stage.dry_run(args, config, data, [describe_updates(config, given, len(data.train))])
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
     packing = stage.choose_packing(args, config, model, tokenizer)

@@ -26,11 +26,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data: documents -> token ids, an EOS after each
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start)
-    data = prepare_data(args.data, "text", DocumentRows(tokenizer, length), args.run.output_dir)
+    data = prepare_data(args.data, "text", DocumentRows(tokenizer, length), args.run.written_to)
 
     # Model: base weights, quantised if asked, adapters on top
     defaults = {"learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE, "num_train_epochs": 1}
     config = stage.training_config(args, library, precision, defaults, data)
+    if args.run.dry_run:
+        return stage.dry_run(args, config, data)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
     packing = stage.choose_packing(args, config, model, tokenizer)

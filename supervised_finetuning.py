@@ -28,11 +28,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
     encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))
     encode = ConversationRows(encoder, length, args.data.train_on_inputs)
-    data = prepare_data(args.data, "conversation", encode, args.run.output_dir)
+    data = prepare_data(args.data, "conversation", encode, args.run.written_to)
 
     # Model: base weights, quantised if asked, adapters on top
     defaults = {"learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE, "num_train_epochs": 3}
     config = stage.training_config(args, library, precision, defaults, data)
+    if args.run.dry_run:
+        return stage.dry_run(args, config, data)
     model = models.load_for_training(start, args.model, args.lora, precision, length)
     models.check_vocabulary(model, tokenizer)
     packing = stage.choose_packing(args, config, model, tokenizer)

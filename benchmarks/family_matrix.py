@@ -1,7 +1,8 @@
 """Every model family through every step: a tiny random model is pretrained, tuned, quantised, aligned, merged, asked.
 
-    python benchmarks/family_matrix.py            # prints the table of the README
-    python benchmarks/family_matrix.py --families mixtral,qwen3
+    python -m benchmarks.family_matrix            # prints the table
+    python -m benchmarks.family_matrix --write    # and puts it into benchmarks/families.md, which the README points to
+    python -m benchmarks.family_matrix --families mixtral,qwen3
 
 The steps are the toolkit's own scripts, called as a user calls them. A cell is "yes" or the reason of a refusal.
 """
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import build_parser, flag, run, split_dataclasses
 
+TABLE = Path(__file__).with_name("families.md")
 STEPS = ("pretraining", "SFT", "LoRA, 4 bit", "DPO", "merge", "generate")
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = _SMALL | {"num_key_value_heads": 2}
@@ -170,15 +172,49 @@ def run_family(name: str, folder: Path) -> dict[str, str]:
     return found
 
 
+def table(results: dict[str, dict[str, str]]) -> list[str]:
+    """Lines of a Markdown table, a line for each family."""
+    lines = [f"| Models | Class | {' | '.join(STEPS)} |", "|---|---|" + "---|" * len(STEPS)]
+    for name, found in results.items():
+        cells = [FAMILIES[name].models, f"`{FAMILIES[name].model_type}`", *(found[step] for step in STEPS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+PAGE = """# Model families
+
+Written by `python -m benchmarks.family_matrix --write`, not by hand: a tiny random model of each class goes through the
+scripts that a user calls, each step on the result of the one before. `tests/test_families.py` holds every cell.
+
+{table}
+
+{versions}. 4 bit leaves the stacked experts of mixtures (Mixtral, Qwen3-MoE, DeepSeek) in 16 bits; the stages say how
+many weights these are. "(converted)": by `tools/convert_checkpoint.py`, to a class that needs no code of the model's
+own.
+"""
+
+
+def page(results: dict[str, dict[str, str]]) -> str:
+    """The table with the versions that it was made with."""
+    from suwen.records import versions
+
+    known = versions()
+    made_with = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers", "peft") if name in known)
+    return PAGE.format(table="\n".join(table(results)), versions=made_with)
+
+
 @dataclass
 class MatrixArguments:
     families: str = flag("", "names, comma-separated; unset: all")
     output_file: str | None = flag(None, "write the results as JSON too")
+    write: bool = flag(False, "put the table of all families into benchmarks/families.md")
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = split_dataclasses(build_parser(__doc__ or "", MatrixArguments).parse_args(argv), MatrixArguments)
     names = [name for name in args.families.split(",") if name] or list(FAMILIES)
+    if args.write and names != list(FAMILIES):
+        raise ValueError("--write: the table holds all families, leave out --families")
     if unknown := [name for name in names if name not in FAMILIES]:
         raise ValueError(f"--families: found {unknown[0]!r}, expected some of {', '.join(FAMILIES)}")
     from suwen.stage import quiet_libraries
@@ -189,11 +225,9 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             results[name] = run_family(name, Path(folder))
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-    print(f"| Models | Class | {' | '.join(STEPS)} |\n|---|---|{'---|' * len(STEPS)}")
-    for name, found in results.items():
-        print(
-            f"| {FAMILIES[name].models} | {FAMILIES[name].model_type} | {' | '.join(found[step] for step in STEPS)} |"
-        )
+    print("\n".join(table(results)))
+    if args.write:
+        TABLE.write_text(page(results), encoding="utf-8")
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -4,7 +4,7 @@
 
 On the CPU torch's profiler reports every allocation and release of its allocator; their running sum has its peak at the
 same moment as a GPU's allocator would. The sets: `fitted` was looked at while the planner's arithmetic was written,
-`unseen` was run once it was finished.
+`unseen` was run once it was finished, `stages` (DPO, ORPO, reward models) once these had joined it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.arguments import (
+    OddsRatioArguments,
+    PreferenceArguments,
+    RewardArguments,
+    build_parser,
+    flag,
+    run,
+    split_dataclasses,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Point:
     bf16: bool = False
     accumulation: int = 1
     rank: int = 8
+    stage: str = "sft"
 
 
 _FIRST = (256, 704, 4, 4, 2, 2000, 256, 2)
@@ -62,6 +71,29 @@ UNSEEN = [
     Point(2048, 6144, 3, 16, 4, 500, 384, 2, "lora", checkpointing=True),
     Point(1280, 3456, 2, 10, 10, 500, 256, 1, "full"),
 ]
+STAGES = [
+    Point(512, 1408, 6, 8, 8, 1000, 192, 2, "full", stage="dpo"),
+    Point(384, 1024, 6, 6, 2, 2000, 256, 1, "lora", checkpointing=True, accumulation=2, stage="dpo"),
+    Point(512, 1408, 4, 8, 2, 3000, 192, 2, "full", checkpointing=True, accumulation=2, stage="orpo"),
+    Point(384, 1024, 6, 6, 2, 1000, 256, 2, "lora", stage="orpo"),
+    Point(512, 1408, 4, 8, 2, 3000, 192, 2, "full", stage="rm"),
+    Point(768, 2048, 4, 12, 4, 1000, 192, 2, "lora", stage="rm"),
+]
+
+
+def build_rows(point: Point) -> list[dict[str, Any]]:
+    """Rows of random tokens, all of the point's length; pairs are two answers to a prompt of eight tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * point.batch * point.accumulation
+    paired = point.stage != "sft"
+    tokens = 2 * point.tokens if paired else point.tokens
+    rows = torch.randint(5, min(point.vocabulary, 500), (count, tokens), generator=generator).tolist()
+    if not paired:
+        return [{"input_ids": row, "labels": row} for row in rows]
+    middle = point.tokens + 4
+    return [{"prompt_ids": row[:8], "chosen_ids": row[8:middle], "rejected_ids": row[middle:]} for row in rows]
 
 
 def measure(point: Point) -> int:
@@ -70,24 +102,32 @@ def measure(point: Point) -> int:
     from datasets import Dataset
     from peft import LoraConfig
     from torch.profiler import ProfilerActivity, profile
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainingArguments,
+    )
 
     from suwen import attention
     from suwen.embedded import build_embedded_model
-    from suwen.head import add_scoring_head
+    from suwen.head import add_reward_forward, add_scoring_head
     from suwen.models import load_base
-    from suwen.trainers import LanguageModelTrainer
+    from suwen.trainers import LanguageModelTrainer, OddsRatioTrainer, PairTrainer, RewardTrainer
 
+    trainers = {"sft": LanguageModelTrainer, "dpo": PairTrainer, "orpo": OddsRatioTrainer, "rm": RewardTrainer}
     tokenizer = AutoTokenizer.from_pretrained(build_embedded_model())
-    generator = torch.Generator().manual_seed(0)
-    count = 2 * point.batch * point.accumulation
-    rows = torch.randint(5, min(point.vocabulary, 500), (count, point.tokens), generator=generator).tolist()
-    dataset = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    dataset = Dataset.from_list(build_rows(point))
+    reward = point.stage == "rm"
+    build: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     lora = None
     if point.method != "full":
-        lora = LoraConfig(r=point.rank, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+        lora = LoraConfig(
+            r=point.rank, lora_alpha=16, lora_dropout=0.05, task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+            target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+        )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        model: Any = AutoModelForCausalLM.from_config(config_of(point))
+        model: Any = build.from_config(config_of(point))
         if point.bf16 and lora is not None:
             model = model.to(torch.bfloat16)
         if point.method == "lora4":
@@ -106,14 +146,17 @@ def measure(point: Point) -> int:
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.clone()
             else:
-                model = AutoModelForCausalLM.from_config(config_of(point))
+                model = build.from_config(config_of(point))
                 model = model.to(torch.bfloat16) if point.bf16 and lora is not None else model
-            add_scoring_head(model)
+            (add_reward_forward if reward else add_scoring_head)(model)
             model.set_attn_implementation(attention.NAME)
-            trainer = LanguageModelTrainer(
+            options = {} if point.stage == "sft" else {"settings": SETTINGS[point.stage]}
+            trainer = trainers[point.stage](
                 model=model, args=config, train_dataset=dataset, eval_dataset=None, processing_class=tokenizer,
-                max_length=point.tokens, peft_config=lora,
+                max_length=point.tokens, peft_config=lora, **options,
             )  # fmt: skip
+            if point.stage == "dpo":
+                trainer.compute_reference(Path(folder), "benchmark")
             trainer.train()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -129,8 +172,9 @@ def config_of(point: Point) -> Any:
 
     return LlamaConfig(
         vocab_size=point.vocabulary, hidden_size=point.hidden, intermediate_size=point.inner,
+        num_labels=1, pad_token_id=0,
         num_hidden_layers=point.layers, num_attention_heads=point.heads, num_key_value_heads=point.key_value_heads,
-        max_position_embeddings=point.tokens, tie_word_embeddings=False,
+        max_position_embeddings=2 * point.tokens, tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -138,6 +182,8 @@ def predict(point: Point) -> float:
     from suwen.memory import Setting, plan_memory, shape_of
 
     setting = Setting(
+        stage=point.stage,
+        lora_dropout=0.0 if point.stage in ("dpo", "orpo") else 0.05,  # these switch dropout off
         use_peft=point.method != "full",
         lora_rank=point.rank,
         quantization="4bit" if point.method == "lora4" else "none",
@@ -152,9 +198,12 @@ def predict(point: Point) -> float:
     return plan_memory(shape_of(config_of(point)), setting).total
 
 
+SETTINGS = {"dpo": PreferenceArguments(), "orpo": OddsRatioArguments(), "rm": RewardArguments()}
+
+
 @dataclass
 class BenchmarkArguments:
-    set: Literal["fitted", "unseen", "all"] = flag("all", "which half of the grid")
+    set: Literal["fitted", "unseen", "stages", "all"] = flag("all", "which part of the grid")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,9 +211,10 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.stage import quiet_libraries
 
     quiet_libraries()
-    groups = {"fitted": FITTED, "unseen": UNSEEN}
+    groups = {"fitted": FITTED, "unseen": UNSEEN, "stages": STAGES}
     print(
-        "set     method precision   h    f  layers  heads   V    tokens   checkpointing accumulation  planned  measured"
+        "set     stage method precision   h    f  layers  heads   V    tokens   checkpointing accumulation  planned"
+        "  measured"
     )
     for name, points in groups.items():
         if args.set not in (name, "all"):
@@ -179,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             steps = f"{point.batch:>3}x{point.tokens:<5} {'yes' if point.checkpointing else 'no':>7}"
             print(
-                f"{name:<7} {point.method:<6} {'bf16' if point.bf16 else 'fp32':<7} {model} {point.vocabulary:>6} "
+                f"{name:<7} {point.stage:<5} {point.method:<6} {'bf16' if point.bf16 else 'fp32':<7} {model} "
+                f"{point.vocabulary:>6} "
                 f"{steps} {point.accumulation:>12} {planned / 1e6:>10.1f} {measured / 1e6:>8.1f} MB {off:+7.1%}",
                 flush=True,
             )

@@ -29,7 +29,7 @@ class MergePlan:
 
     base: str
     adapters: list[str]
-    quantization: str  # of the base in the training of the last adapter: none, 8bit or 4bit
+    quantization: str  # of the base in the training of the last adapter: none, 8bit, 4bit or 2bit
     training_dtype: str  # in which the base was loaded before it was quantised
     merge_base: str  # dequantized or original; without quantisation always original
     tokenizer: str
@@ -160,8 +160,10 @@ def training_quantization(adapter: str, given: str | None) -> tuple[str, str]:
     run = read_json(Path(adapter) / "run.json")
     arguments = run.get("arguments", {})
     recorded = arguments.get("quantization")
-    if recorded not in (None, "none", "8bit", "4bit"):
-        raise ValueError(f"{Path(adapter) / 'run.json'}: found quantization {recorded!r}, expected none, 8bit or 4bit")
+    if recorded not in (None, "none", "8bit", "4bit", "2bit"):
+        raise ValueError(
+            f"{Path(adapter) / 'run.json'}: found quantization {recorded!r}, expected none, 8bit, 4bit or 2bit"
+        )
     if recorded and given and recorded != given:
         raise ValueError(f"--quantization {given}: adapter {adapter!r} was trained with {recorded} (its run.json)")
     dtype = arguments.get("dtype") or "auto"

@@ -32,16 +32,26 @@ class ModelArguments:
         " --outputs, else the embedded model",
     )
     tokenizer_name_or_path: str | None = flag(None, "tokenizer folder or hub name; unset: the model's own")
-    quantization: Literal["none", "8bit", "4bit"] = flag(
-        "none", "load the frozen base in bitsandbytes int8 or NF4 (with --use_peft)"
+    quantization: Literal["none", "8bit", "4bit", "2bit"] = flag(
+        "none", "load the frozen base in bitsandbytes int8 or NF4, or in two bits (HQQ), with --use_peft"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "weights in memory; auto: float32 for what is trained, the compute precision for what is frozen"
     )
     pure_bf16: bool = flag(False, "train bfloat16 weights without float32 masters (least memory)")
     attn_implementation: str | None = flag(None, "sdpa (default), eager, or another one known to transformers")
-    rope_scaling: Literal["linear", "dynamic", "yarn"] | None = flag(
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = flag(
         None, "stretch RoPE so that --max_length fits; the factor follows from the model's own window"
+    )
+    shift_attn: bool = flag(
+        False,
+        "train long rows with shifted sparse attention (S2-Attn, LongLoRA), in groups of a quarter of --max_length;"
+        " evaluation and the result have full attention (pt and sft; the paper also trains embed_tokens and norm)",
+    )
+    router_aux_loss_coef: float | None = flag(
+        None,
+        "weight of the loss that keeps experts in even use; unset: the model's own in full training, 0 with LoRA, which"
+        " leaves routers as they are",
     )
     outputs: str = flag("outputs", "where finished stages are looked for when --model_name_or_path is unset")
 
@@ -55,7 +65,9 @@ class DataArguments:
         "auto", "thinking mode of the prompts; auto: on for answers that carry reasoning, off for the others"
     )
     columns: str | None = flag(None, "names for a table of your own, e.g. prompt=ask,response=answer")
-    max_length: int | None = flag(None, "tokens in a row (1024, or the model's window if that is shorter)")
+    max_length: int | Literal["auto"] | None = flag(
+        None, "tokens in a row (1024, or the model's window if that is shorter); auto: as many as fit into memory"
+    )
     packing: bool = flag(True, "several rows in one sequence, each isolated from the others (pretraining and SFT)")
     train_on_inputs: bool = flag(False, "train on the prompts too, not on the answers alone")
     max_train_samples: int | None = flag(None, "train on a seeded random choice of so many rows")
@@ -137,7 +149,7 @@ class PolicyArguments:
     held_out_reward: str | None = flag(
         None, "the same form, measured at evaluations and never trained on; the run stops where it falls"
     )
-    reward_quantization: Literal["none", "8bit", "4bit"] = flag("none", "how reward models are loaded")
+    reward_quantization: Literal["none", "8bit", "4bit", "2bit"] = flag("none", "how reward models are loaded")
     num_generations: int | None = flag(None, "answers to each prompt of an update (ppo 1, rloo 4, grpo 8)")
     max_new_tokens: int = flag(256, "tokens of an answer, at most; those that --max_length leaves are for the prompt")
     temperature: float = flag(1.0, "of the answers that are trained on")
@@ -186,6 +198,14 @@ class RunArguments:
     )
     eval_data_dir: str | None = flag(None, "files of these benchmarks; unset: the project's own small sets")
     eval_task_samples: int | None = flag(None, "at most so many items of a benchmark, always the same")
+    dry_run: bool = flag(
+        False, "print the memory plan, what the data is and how many steps there are; train and write nothing"
+    )
+
+    @property
+    def written_to(self) -> str | None:
+        """The output folder; None in a dry run, which leaves it alone."""
+        return None if self.dry_run else self.output_dir
 
 
 @dataclass
@@ -200,6 +220,7 @@ class StageArguments:
     own: Any  # the stage's own arguments, None for stages without
     library_flags: list[str]
     command: list[str]
+    outlook: Any = None  # the memory plan of the run (`suwen.memory.Outlook`), once its data is known
 
 
 # Library flags worth a line in --help; every other field of the library's config class is accepted too.
@@ -209,14 +230,14 @@ LIBRARY_HELP = {
     "num_train_epochs": "passes over the data",
     "max_steps": "stop after so many optimiser steps",
     "learning_rate": "peak learning rate",
-    "per_device_train_batch_size": "sequences in a micro-batch",
+    "per_device_train_batch_size": "sequences in a micro-batch; auto: as many as fit, accumulated accordingly",
     "gradient_accumulation_steps": "micro-batches in an optimiser step",
     "lr_scheduler_type": "cosine, linear, constant, ...",
     "warmup_steps": "steps, or a share of all steps when below 1",
     "weight_decay": "AdamW's decoupled weight decay",
     "bf16": "bfloat16 mixed precision (default where the hardware has it)",
     "fp16": "float16 with loss scaling (default on GPUs below compute capability 8.0)",
-    "gradient_checkpointing": "recompute activations to save memory",
+    "gradient_checkpointing": "recompute activations to save memory (default: auto, where they do not fit)",
     "neftune_noise_alpha": "NEFTune noise on the embeddings",
     "logging_steps": "optimiser steps between two log lines",
     "eval_steps": "optimiser steps between two evaluations",
@@ -226,6 +247,9 @@ LIBRARY_HELP = {
     "use_cpu": "train on the CPU even where there is a GPU",
     "deepspeed": "DeepSpeed configuration file",
 }
+
+# Library flags that may be `auto`: the stage settles them by its memory plan (`suwen.planning`).
+AUTOMATIC = ("per_device_train_batch_size", "gradient_checkpointing")
 
 # Old names (MedicalGPT's, transformers 4's) whose meaning is the same today.
 RENAMED = {
@@ -270,7 +294,6 @@ DROPPED = {
 REMOVED = {
     "peft_path": "give the adapter folder as --model_name_or_path",
     "flash_attn": "choose with --attn_implementation; packing needs no flash-attn package",
-    "shift_attn": "shifted sparse attention is not part of this version",
     "use_flash_attention_2": "choose with --attn_implementation",
     "dataset_name": "give local files by --train_file_dir",
     "dataset_config_name": "give local files by --train_file_dir",
@@ -405,6 +428,17 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"found {text!r}, expected True or False")
 
 
+def parse_or_word(kind: type, words: tuple[str, ...], text: str) -> Any:
+    """A word as it is, else a value of `kind`."""
+    if text in words:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        expected = " or ".join([f"{kind.__name__} value", *words])
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}") from None
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose mistakes are a ValueError of one line instead of a usage page."""
 
@@ -413,18 +447,24 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_dataclass(parser: argparse._ArgumentGroup, cls: type) -> None:
-    """Add one flag for each field of a dataclass; types: str, int, float, bool, Literal, and these or None."""
+    """Add one flag for each field of a dataclass; types: str, int, float, bool, Literal, each or None, or a word."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
+        words: tuple[str, ...] = ()
         if typing.get_origin(hint) in {typing.Union, types.UnionType}:
-            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+            first, *others = (part for part in typing.get_args(hint) if part is not type(None))
+            words = tuple(word for part in others for word in typing.get_args(part))
+            hint = first
         text = item.metadata.get("help", "").replace("%", "%%")
         options: dict[str, Any] = {"default": item.default, "help": text}
         if hint is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
         elif typing.get_origin(hint) is Literal:
             options |= {"choices": typing.get_args(hint)}
+        elif words:
+            options |= {"type": functools.partial(parse_or_word, hint, words)}
+            options["metavar"] = "|".join([hint.__name__.upper(), *words])
         else:
             options |= {"type": hint, "metavar": hint.__name__.upper()}
         if item.default not in (None, ""):
@@ -483,6 +523,8 @@ def parse_stage_arguments(
     run.output_dir = run.output_dir or os.path.join(model.outputs, stage)
     check_combinations(model, data, lora, run)
     ours_alone = rest_of_them[0] if rest_of_them else None
+    if model.shift_attn and stage not in ("pt", "sft"):
+        raise ValueError("--shift_attn: for pretraining and SFT alone; pairs and drawn answers have full attention")
     if isinstance(ours_alone, PreferenceArguments):
         check_preference(ours_alone)
     if isinstance(ours_alone, PolicyArguments):
@@ -498,7 +540,9 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         )
     if model.pure_bf16 and (lora.use_peft or model.dtype not in ("auto", "bfloat16")):
         raise ValueError("--pure_bf16: for training all weights in bfloat16; not with --use_peft or another --dtype")
-    if data.max_length is not None and data.max_length < 8:
+    if model.shift_attn and model.attn_implementation:
+        raise ValueError("--shift_attn and --attn_implementation: give one of them")
+    if isinstance(data.max_length, int) and data.max_length < 8:
         raise ValueError(f"--max_length: found {data.max_length}, expected at least 8 tokens")
     if not 0 <= data.validation_split_fraction < 1:
         raise ValueError(f"--validation_split_fraction: found {data.validation_split_fraction}, expected 0 to below 1")
@@ -506,6 +550,8 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         value = getattr(run if name == "eval_task_samples" else data, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: found {value}, expected at least 1")
+    if (model.router_aux_loss_coef or 0) < 0:
+        raise ValueError(f"--router_aux_loss_coef: found {model.router_aux_loss_coef}, expected 0 or more")
     if lora.lora_rank < 1:
         raise ValueError(f"--lora_rank: found {lora.lora_rank}, expected at least 1")
     if not 0 <= lora.lora_dropout < 1:
@@ -586,14 +632,17 @@ def parse_library_flags(args: StageArguments) -> dict[str, Any]:
         if getattr(action.type, "__name__", "") == "string_to_bool":
             action.nargs, action.const = "?", True  # a bare --bf16 means yes, also where the default is None
     parser._defaults.clear()
-    namespace, unknown = parser.parse_known_args(args.library_flags)
+    pairs = pairs_of(args.library_flags)
+    automatic = {name: "auto" for name, words in pairs if name in AUTOMATIC and words == ["auto"]}
+    flags = [word for name, words in pairs if name not in automatic for word in (f"--{name}" if name else "", *words)]
+    namespace, unknown = parser.parse_known_args([word for word in flags if word])
     if unknown:
         parts = [args.model, args.data, args.lora, args.run, *([args.own] if args.own else [])]
         known = [f"--{f.name}" for part in [*parts, TrainingArguments] for f in dataclasses.fields(part)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise ValueError(f"unknown flag or value {unknown[0]!r}{hint}")
-    return vars(namespace)
+    return vars(namespace) | automatic
 
 
 def run(main: Callable[[], None]) -> NoReturn:

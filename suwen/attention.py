@@ -12,6 +12,8 @@ preference pair is the row [prompt, chosen, rejected] with two segments, [prompt
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "varlen"
+SHIFTED = "shifted"
 
 
 def varlen_attention(
@@ -97,6 +100,62 @@ def varlen_attention(
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def shifted_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    group: int,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    kv_index: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Shifted sparse attention in training, else full attention: S2-Attn of LongLoRA (arXiv:2309.12307).
+
+    A token attends to its own group of `group` tokens; in the second half of the heads groups lie half a group further
+    on, so that what one layer cannot reach passes through the next. Groups are counted from the beginning of each
+    segment and never reach into another; the first half group of the shifted heads is a group of its own, where the
+    authors' code, which rolls the sequence, lets the end of a text speak to its beginning.
+
+    Args: as of `varlen_attention`, with `group` even.
+    """
+    more: dict[str, Any] = {"max_length_q": max_length_q, "max_length_k": max_length_k, "kv_index": kv_index, **kwargs}
+    if not module.training:
+        more |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        return varlen_attention(module, query, key, value, attention_mask, **more)
+    if cu_seq_lens_q is None or kv_index is not None:
+        raise NotImplementedError("shifted attention trains packed rows alone, neither padded rows nor pairs")
+    heads = query.shape[1]
+    if key.shape[1] % 2:  # an odd number of key heads has no half
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    halves = zip(*(x.tensor_split(2, dim=1) for x in (query, key, value)), (0, group // 2), strict=True)
+    found = []
+    for q, k, v, shift in halves:
+        bounds = group_bounds(cu_seq_lens_q, group, shift)
+        kwargs |= {"max_length_q": group, "max_length_k": group, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        found.append(varlen_attention(module, q, k, v, None, **kwargs)[0])
+    return torch.cat(found, dim=2), None
+
+
+def group_bounds(cu_seq_lens: torch.Tensor, group: int, shift: int) -> torch.Tensor:
+    """(G + 1,) int32, where groups begin that are counted from `shift` within each segment, and the end of the last."""
+    bounds = [0]
+    for start, end in itertools.pairwise(cu_seq_lens.tolist()):
+        bounds += [*range(start + (shift or group), end, group), end]
+    return torch.tensor(bounds, dtype=torch.int32, device=cu_seq_lens.device)
+
+
+def register_shifted(group: int) -> str:
+    """The name under which models find shifted attention in groups of `group` tokens."""
+    AttentionInterface.register(SHIFTED, functools.partial(shifted_attention, group=group))
+    AttentionMaskInterface.register(SHIFTED, varlen_mask)
+    return SHIFTED
 
 
 def has_kernel(query: torch.Tensor) -> bool:

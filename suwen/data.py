@@ -263,7 +263,7 @@ def _read_files(
 # -------------------------------------------------------------------------------------------------------- preparation
 
 
-def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str | Path) -> PreparedData:
+def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str | Path | None) -> PreparedData:
     """Read, check, choose, split and encode the data of a stage, or take the result of an earlier run.
 
     The cache key is made of the contents of the files, everything that decides which rows are used, and the encoder's
@@ -272,7 +272,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     Args:
         schema: one of SCHEMAS.
         encode: canonical row -> (encoded rows, Counter of drop reasons); with `encode.fingerprint`.
-        output_dir: rejected_rows.jsonl is put there.
+        output_dir: rejected_rows.jsonl is put there; None leaves it in the cache.
 
     Raises:
         ValueError: bad rows (see `load_rows`), or nothing left to train on.
@@ -305,8 +305,8 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     report.from_cache, report.contents = cached, contents
     rejected = folder / "rejected_rows.jsonl"
     if rejected.is_file():
-        target = Path(output_dir) / "rejected_rows.jsonl"
-        if os.environ.get("RANK", "0") == "0":
+        target = Path(output_dir) / "rejected_rows.jsonl" if output_dir else rejected
+        if output_dir and os.environ.get("RANK", "0") == "0":
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(rejected, target)
         report.rejected_file = str(target)

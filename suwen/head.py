@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
+from suwen.experts import RouterWatch
+
 CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32
 
 
@@ -28,18 +30,20 @@ class Scored(ModelOutput):
     Attributes:
         logps: (N,) float32, log-probability of each label.
         correct: (N,) bool, whether the label is the likeliest token.
+        router_loss: how unevenly experts are used (`suwen.experts`), where that is watched.
     """
 
     logps: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
-def add_scoring_head(model: Any) -> None:
+def add_scoring_head(model: Any, routing: RouterWatch | None = None) -> None:
     """Teach a causal language model to score: `model(..., score_at=(N,), score_labels=(N,))` returns `Scored`.
 
     `score_at` are positions in the flattened batch (row * T + position), each scored for the token that follows it.
     Without them the forward is the model's own. The call goes through the model's forward, so that DDP, FSDP, ZeRO and
-    PEFT see it. Called once, before PEFT wraps the model.
+    PEFT see it. Called once, before PEFT wraps the model. `routing` watches the routers of a mixture of experts.
     """
     original = model.forward
 
@@ -47,12 +51,23 @@ def add_scoring_head(model: Any) -> None:
     def forward(*args: Any, score_at: Any = None, score_labels: Any = None, **kwargs: Any) -> Any:
         if score_at is None:
             return original(*args, **kwargs)
-        kwargs["use_cache"] = False
-        hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[score_at]
-        logps, correct = score(model, hidden, score_labels)
-        return Scored(logps=logps, correct=correct)
+        hidden, router_loss = hidden_states(model, routing, *args, **kwargs)
+        logps, correct = score(model, hidden[score_at], score_labels)
+        return Scored(logps=logps, correct=correct, router_loss=router_loss)
 
     model.forward = forward
+
+
+def hidden_states(
+    model: Any, routing: RouterWatch | None, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B * T, H) last hidden states, and the loss of the routers where they are watched in training."""
+    kwargs["use_cache"] = False
+    if routing is None or not model.training:
+        return model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1), None
+    with routing.watch():
+        hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)
+    return hidden, routing.loss(kwargs.get("attention_mask"))
 
 
 def init_reward_head(head: torch.nn.Linear) -> None:
@@ -76,12 +91,13 @@ def init_reward_head(head: torch.nn.Linear) -> None:
 
 @dataclass
 class Rewarded(ModelOutput):
-    """What a reward model returns when it is called with `score_at`: `scores` (N,) float32."""
+    """What a reward model returns when it is called with `score_at`: `scores` (N,) float32, and `router_loss`."""
 
     scores: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
-def add_reward_forward(model: Any) -> None:
+def add_reward_forward(model: Any, routing: RouterWatch | None = None) -> None:
     """Teach a model with a head of one number to score positions: `model(..., score_at=(N,))` returns `Rewarded`.
 
     As `add_scoring_head`; the head is computed in its own precision, outside of autocast, at the N positions alone.
@@ -92,10 +108,10 @@ def add_reward_forward(model: Any) -> None:
     def forward(*args: Any, score_at: Any = None, score_labels: Any = None, **kwargs: Any) -> Any:
         if score_at is None:
             return original(*args, **kwargs)
-        kwargs["use_cache"] = False
-        hidden = model.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[score_at]
+        hidden, router_loss = hidden_states(model, routing, *args, **kwargs)
         with torch.autocast(hidden.device.type, enabled=False):
-            return Rewarded(scores=model.score(hidden.to(next(model.score.parameters()).dtype))[:, 0].float())
+            scores = model.score(hidden[score_at].to(next(model.score.parameters()).dtype))[:, 0].float()
+        return Rewarded(scores=scores, router_loss=router_loss)
 
     model.forward = forward
 

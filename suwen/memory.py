@@ -13,10 +13,15 @@ the parts follow from what this toolkit's trainers do:
   `layer_bytes_per_token`. With gradient checkpointing one hidden state a layer, and all of one layer while it is
   recomputed.
 - the head makes the logits of the scored positions, some rows at a time (`suwen.head`), never all of them.
+- pairs: DPO's reference is computed before the first step and kept as numbers; ORPO has none; a reward model's head is
+  one row. PPO: the critic, and the reference of a new adapter, stand on the policy's backbone and cost nothing; where
+  other weights are trained the reference is a copy of these; reward models stand beside them; answers are drawn with
+  a cache of keys and values.
 
-The peak is the largest of three moments: the start of the backward pass (all activations, the head's tiles), the
-recomputation of a layer, and its end (all gradients). Sharding follows ZeRO (Rajbhandari et al. 2020,
-arXiv:1910.02054). The allocator's rounding and fragmentation come on top on GPUs as one allowance, a line of its own.
+The peak is the largest of these moments: the start of the backward pass (all activations, the head's tiles), the
+recomputation of a layer, its end (all gradients), and in PPO the drawing of answers. Sharding follows ZeRO (Rajbhandari
+et al. 2020, arXiv:1910.02054). The allocator's rounding and fragmentation come on top on GPUs as one allowance, a line
+of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +34,9 @@ from typing import Any
 from suwen.head import CHUNK_ELEMENTS
 
 HEAD_COPIES = 3  # of a chunk of logits, in float32: itself, its exponentials, what softmax works on
+POLICY_HEAD_COPIES = 6  # in PPO also the entropy's, and what autograd keeps of them
+PAIRED = ("dpo", "orpo", "rm")  # stages whose rows are pairs of answers
+SAFE_SHARE = 0.9  # of a device's free memory that a plan may take: it is within a tenth of what was measured
 QUANTIZED_BITS = {"8bit": 8.0, "4bit": 4 + 8 / 64 + 32 / (64 * 256), "2bit": 2 + 2 * 16 / 64}
 FRAGMENTATION = 0.05  # of all allocated bytes, on GPUs
 CONTEXT_BYTES = 600_000_000  # CUDA context and libraries' work space, a process
@@ -58,11 +66,15 @@ class Setting:
     """What decides the memory of a step; the names are those of the stages' flags.
 
     Attributes:
-        tokens: of the longest sequence.
-        batch: sequences in a micro-batch (pairs in DPO, which are two sequences).
+        tokens: of the longest sequence; of the longest answer with its prompt where rows are pairs.
+        batch: sequences in a micro-batch (pairs are two sequences). PPO computes packs of `tokens` one at a time.
         precision: bf16, fp16 or fp32, of the arithmetic.
         sharding: none, ddp, zero1, zero2, zero3 or fsdp2.
+        row_tokens: of the longest row, which is what PPO draws at once; 0 where it may fill a sequence.
         trained_share: share of the tokens that have a loss.
+        generation_batch: answers that a process draws at once (PPO).
+        new_adapter: whether LoRA's adapter is new, so that the reference is the model without it (PPO).
+        reward_bytes: of reward models beside the policy (PPO).
     """
 
     stage: str = "sft"
@@ -81,12 +93,18 @@ class Setting:
     num_gpus: int = 1
     offload: bool = False
     device: str = "cuda"
+    row_tokens: int = 0
     trained_share: float = 1.0
+    generation_batch: int = 32
+    new_adapter: bool = True
+    reward_bytes: float = 0.0
 
     @property
     def sequence_tokens(self) -> int:
-        """Tokens in a micro-batch: in DPO each pair is two sequences, in one pass."""
-        return self.tokens * self.batch * (2 if self.stage == "dpo" else 1)
+        """Tokens in a micro-batch: a pair is two sequences, in one pass."""
+        if self.stage == "ppo":
+            return self.tokens
+        return self.tokens * self.batch * (2 if self.stage in PAIRED else 1)
 
     @property
     def compute_bytes(self) -> int:
@@ -114,14 +132,19 @@ class Shape:
     vocabulary: int
 
 
-def shape_of(config: Any) -> Shape:
+def shape_of(config: Any, target_modules: str = "all") -> Shape:
     """Count a model by its config, without data.
 
+    Args:
+        target_modules: what LoRA adapts, see `suwen.lora_targets`.
+
     Raises:
-        ValueError: a config of no causal language model.
+        ValueError: a config of no causal language model, or a target that it does not have.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from suwen.lora_targets import lora_targets
 
     text = config.get_text_config()
     try:
@@ -131,7 +154,9 @@ def shape_of(config: Any) -> Shape:
         raise ValueError(f"config: {str(error).splitlines()[0]}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    named = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    linears, targets = list(named.values()), set(lora_targets(model, target_modules))
+    adapted = [m for name, m in named.items() if name.rsplit(".", 1)[-1] in targets]
     experts = [p for p in model.parameters() if p.ndim == 3]
     stacks = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     stacked = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
@@ -157,7 +182,7 @@ def shape_of(config: Any) -> Shape:
         rows=sum(m.weight.shape[0] for m in linears),
         largest=max((m.weight.numel() for m in linears), default=0),
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in stacked),
-        lora_features=sum(sum(m.weight.shape) for m in linears) + sum(p.shape[0] * sum(p.shape[1:]) for p in experts),
+        lora_features=sum(sum(m.weight.shape) for m in adapted),
         layers=len(stacked),
         hidden=text.hidden_size,
         query=size * heads,
@@ -210,6 +235,8 @@ class Plan:
 
 def plan_memory(shape: Shape, setting: Setting) -> Plan:
     """Peak of a training step on each GPU (or on the CPU)."""
+    if setting.stage == "rm":  # no head but a row
+        shape = dataclasses.replace(shape, total=shape.total - shape.head, head=0)
     e, deepspeed = setting.compute_bytes, setting.sharding.startswith("zero")
     trained = shape.lora_features * setting.lora_rank if setting.use_peft else shape.total
     full16 = setting.pure_bf16 or (deepspeed and e == 2)
@@ -227,13 +254,17 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
         fixed["quantisation constants"] = metadata
         fixed["adapters"] = trained * trained_bytes
         if setting.quantization != "none" and shape.experts:
-            notes.append("experts are stacked tensors, which bitsandbytes does not quantise: they stay in 16 bits")
+            notes.append("experts are stacked tensors, which are not quantised: they stay in 16 bits")
     else:
         fixed["weights"] = trained * trained_bytes / shard_weights
     if deepspeed and e == 2 and not setting.offload:
         fixed["float32 masters"] = 4 * trained / shard_optimizer
     if not setting.offload:
         fixed["optimizer"] = optimizer_bytes(setting.optim, full16 and not deepspeed) * trained / shard_optimizer
+    if setting.stage == "ppo":
+        if not (setting.use_peft and setting.new_adapter):
+            fixed["reference"] = trained * trained_bytes / shard_weights
+        fixed["reward models"] = setting.reward_bytes
     gathered = 2 * shape.largest_layer * e if shard_weights > 1 else 0.0
     gradients = trained * trained_bytes / shard_gradients
     buckets = trained * trained_bytes if setting.sharding == "ddp" and n > 1 else 0.0
@@ -257,15 +288,22 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
 
     during = gradients if kept else 0.0
     one = layer if setting.gradient_checkpointing else 0.0
+    backwards = {"gradients": during, "activations": stored + one, "16-bit copies of weights": copies + copies_in_layer}
+    backwards["work space of a layer"] = flowing + dequantised
     moments = {
-        "start of the backward pass": (during, stored, copies, head),
-        "recomputation of a layer": (during, stored + one, copies + copies_in_layer, flowing + dequantised),
-        "end of the backward pass": (gradients, residual + one, copies + copies_in_layer, flowing + dequantised),
+        "start of the backward pass": {
+            "gradients": during,
+            "activations": stored,
+            "16-bit copies of weights": copies,
+            "loss head": head,
+        },
+        "recomputation of a layer": backwards,
+        "end of the backward pass": {**backwards, "gradients": gradients, "activations": residual + one},
     }
-    moment, moving = max(moments.items(), key=lambda item: sum(item[1]))
-    work = "loss head" if moment == "start of the backward pass" else "work space of a layer"
-    names = ("gradients", "activations", "16-bit copies of weights", work)
-    parts = {**fixed, **dict(zip(names, moving, strict=True)), "gathered layers": gathered, "gradient buckets": buckets}
+    if setting.stage == "ppo":
+        moments["drawing of answers"] = drawing_bytes(shape, setting)
+    moment, moving = max(moments.items(), key=lambda item: sum(item[1].values()))
+    parts = {**fixed, **moving, "gathered layers": gathered, "gradient buckets": buckets}
     if setting.device == "cuda":
         parts["fragmentation allowance"] = FRAGMENTATION * sum(parts.values())
         parts["CUDA context"] = CONTEXT_BYTES
@@ -284,6 +322,19 @@ def frozen_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
     return shape.linear * codes / 8 + (shape.total - shape.linear) * e, constants
 
 
+def drawing_bytes(shape: Shape, setting: Setting) -> dict[str, float]:
+    """What it takes to draw answers: keys and values of all tokens so far, and the logits of the next ones."""
+    e, rows = setting.compute_bytes, setting.generation_batch
+    tokens = rows * (setting.row_tokens or setting.tokens)
+    copied = 2.0 * shape.total if e == 2 and not setting.use_peft and not setting.pure_bf16 else 0.0
+    return {
+        "cache of keys and values": 2.0 * shape.layers * tokens * shape.key_value * e,
+        "16-bit copies of weights": copied,
+        "work space of a layer": tokens * (3 * shape.inner * e + 2 * shape.hidden * 4)
+        + rows * shape.vocabulary * 4.0 * HEAD_COPIES,
+    }
+
+
 def optimizer_bytes(optim: str, in_16_bits: bool) -> int:
     """Bytes a trained parameter: AdamW's two moments in the parameter's precision, or in 8 bits."""
     if optim.endswith("8bit"):
@@ -295,9 +346,12 @@ def optimizer_bytes(optim: str, in_16_bits: bool) -> int:
 
 def head_bytes(shape: Shape, setting: Setting) -> float:
     """Work space of the loss: hidden states and their slopes, a chunk of logits, gradients of a trained head."""
+    if setting.stage == "rm":  # one score an answer, from the last hidden states
+        return setting.sequence_tokens * shape.hidden * (4.0 if setting.use_peft else 8.0)
     scored, e = setting.sequence_tokens * setting.trained_share, setting.compute_bytes
+    copies = POLICY_HEAD_COPIES if setting.stage == "ppo" else HEAD_COPIES
     rows = min(scored, max(1, CHUNK_ELEMENTS // shape.vocabulary))
-    chunk = rows * shape.vocabulary * (HEAD_COPIES * 4 + (e if e == 2 else 0))
+    chunk = rows * shape.vocabulary * (copies * 4 + (e if e == 2 else 0))
     hidden = 3 * scored * shape.hidden * e
     last_norm = setting.sequence_tokens * shape.hidden * (4 if setting.use_peft else 8)
     weight = 0.0 if setting.use_peft else 4.0 * shape.vocabulary * shape.hidden
@@ -308,6 +362,37 @@ def head_bytes(shape: Shape, setting: Setting) -> float:
 # Advice
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """A run as it was planned, and the memory that it has."""
+
+    shape: Shape
+    setting: Setting
+    capacity: float  # bytes free to a process
+    where: str  # whose they are, for people
+
+    def changed(self, **changes: Any) -> Outlook:
+        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, **changes))
+
+    def total(self, **changes: Any) -> float:
+        return plan_memory(self.shape, dataclasses.replace(self.setting, **changes)).total
+
+    def fits(self, **changes: Any) -> bool:
+        return self.total(**changes) <= SAFE_SHARE * self.capacity
+
+    def advice(self) -> str:
+        """One line: whether it fits, and which flags would make it fit."""
+        advice = advise(self.shape, self.setting, SAFE_SHARE * self.capacity)
+        return f"{amount(self.capacity)} {self.where}, {SAFE_SHARE:.0%} of them to be used; {advice}"
+
+
+def batch_field(setting: Setting) -> tuple[str, str]:
+    """What of a setting is its batch size, and the flag for it: in PPO that of the answers drawn at once."""
+    if setting.stage == "ppo":
+        return "generation_batch", "generation_batch_size"
+    return "batch", "per_device_train_batch_size"
+
+
 def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Settings that need less, each with the flags that give it, from what costs least in speed and quality."""
     change = dataclasses.replace
@@ -316,9 +401,16 @@ def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
         setting = change(setting, gradient_checkpointing=True)
         said.append("--gradient_checkpointing True")
         yield said[0], setting
-    if setting.batch > 1:
-        setting = change(setting, batch=1)
-        said.append("--per_device_train_batch_size 1")
+    field_name, flag = batch_field(setting)
+    smaller = [8, 1] if setting.stage == "ppo" else [1]
+    for size in (size for size in smaller if size < getattr(setting, field_name)):
+        said = [words for words in said if flag not in words]
+        more = {}
+        said.append(f"--{flag} {size}")
+        if field_name == "batch":  # as many rows in a step as before
+            more = {"gradient_accumulation_steps": setting.gradient_accumulation_steps * setting.batch}
+            said.append(f"--gradient_accumulation_steps {more['gradient_accumulation_steps']}")
+        setting = change(setting, **{field_name: size}, **more)
         yield " ".join(said), setting
     if setting.num_gpus > 1:
         for sharding in ("zero2", "zero3"):
@@ -335,20 +427,70 @@ def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
             yield " ".join([*said, f"--quantization {kind}"]), change(setting, quantization=kind)
 
 
+def smaller_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Cheaper settings, then rows of half the tokens, again and again, under the cheapest of them."""
+    said, last = "", setting
+    for said, last in cheaper_settings(setting):
+        yield said, last
+    tokens = setting.tokens // 2
+    while tokens >= 64:
+        yield f"{said} --max_length {tokens}".strip(), dataclasses.replace(last, tokens=tokens)
+        tokens //= 2
+
+
 def largest_batch(shape: Shape, setting: Setting, capacity: float) -> int:
-    """The largest micro-batch whose peak stays within `capacity` bytes; 0 if not even one fits."""
+    """The largest micro-batch (in PPO: answers drawn at once) whose peak stays within `capacity`; 0 if none does."""
+    name, _ = batch_field(setting)
+
+    def fits(size: int) -> bool:
+        return plan_memory(shape, dataclasses.replace(setting, **{name: size})).total <= capacity  # type: ignore[arg-type]
+
     low, high = 0, 1
-    while high <= 4096 and plan_memory(shape, dataclasses.replace(setting, batch=high)).total <= capacity:
+    while high <= 4096 and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = plan_memory(shape, dataclasses.replace(setting, batch=middle)).total <= capacity
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
+def advise(shape: Shape, setting: Setting, capacity: float) -> str:
+    """One line: what fits into `capacity` bytes, and with which flags."""
+    size = f"{capacity / 1e9:g} GB" if capacity % 1e8 == 0 else amount(capacity)
+    if plan_memory(shape, setting).total <= capacity:
+        return f"fits into {size}; largest --{batch_field(setting)[1]} {largest_batch(shape, setting, capacity)}"
+    for flags, cheaper in smaller_settings(setting):
+        if (total := plan_memory(shape, cheaper).total) <= capacity:
+            batch = largest_batch(shape, cheaper, capacity)
+            return f"does not fit into {size}; fits with {flags}: {total / 1e9:.2f} GB, batch up to {batch}"
+    return f"does not fit into {size} with any setting; more cards or a smaller model"
+
+
+def out_of_memory_advice(outlook: Outlook) -> str:
+    """One line for a run that ran out of memory: what to lower, and by how much.
+
+    The plan was too low, or the memory was not all there: what is proposed needs a tenth less than was planned at
+    least, and fits.
+    """
+    shape, setting = outlook.shape, outlook.setting
+    plan = plan_memory(shape, setting)
+    limit = min(SAFE_SHARE * outlook.capacity, 0.9 * plan.total)
+    largest = ", ".join(f"{name} {amount(size)}" for name, size in list(plan.parts.items())[:2])
+    found = f"planned {amount(plan.total)} ({largest}) of {amount(outlook.capacity)} {outlook.where}"
+    for flags, cheaper in smaller_settings(setting):
+        total = plan_memory(shape, cheaper).total
+        if total <= limit:
+            return f"{found}; {flags} needs {amount(total)}, {amount(plan.total - total)} less"
+    return f"{found}; no setting of this model needs much less: take a smaller model, or more or larger cards"
+
+
+def amount(size: float) -> str:
+    """Bytes for people: GB (10^9), or MB where that would be nothing."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
 def describe(plan: Plan) -> list[str]:
-    """A table of the parts for people, in GB (10^9 bytes)."""
-    lines = [f"  {name:<26}{size / 1e9:>9.2f} GB" for name, size in plan.parts.items()]
-    lines.append(f"  {'peak':<26}{plan.total / 1e9:>9.2f} GB  ({plan.moment})")
+    """A table of the parts for people."""
+    lines = [f"  {name:<26}{amount(size):>12}" for name, size in plan.parts.items()]
+    lines.append(f"  {'peak':<26}{amount(plan.total):>12}  ({plan.moment})")
     return lines + [f"  note: {note}" for note in plan.notes]

@@ -45,20 +45,24 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from suwen import two_bit
 from suwen.adapters import MergePlan, check_output_dir, plan_merge
 from suwen.lineage import ADAPTER_WEIGHTS, adapter_shapes, file_sha256, first_line, read_json, weights_fingerprint
-from suwen.models import config_of_lineage, load_base, load_causal_lm, load_config, load_tokenizer, untie_if_needed
+from suwen.models import (
+    PROBE_SENTENCES,
+    config_of_lineage,
+    load_base,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    untie_if_needed,
+)
 
 TOLERANCE = 0.01  # of the effect
 KERNEL_TOLERANCE = 0.25  # of the logits' spread
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 PROBE_SEED = 20240229
 PROBE_LENGTH = 48
-PROBE_SENTENCES = (
-    "高血压患者每天的食盐摄入量应控制在多少克以内？长期超量会对肾脏和血管造成哪些损害？",
-    "孩子发烧到三十九度，伴有咳嗽和流鼻涕，应该先物理降温还是马上服用退烧药？",
-    "糖尿病足的早期表现包括足部麻木、刺痛、皮肤温度下降，应尽早就诊并控制血糖。",
-)
 
 
 @dataclass
@@ -328,8 +332,10 @@ def dequantize(model: Any, quantization: str) -> Any:
     """Full-precision model with the weights that the quantised kernels multiply with.
 
     int8 kernels scale their int32 sums in float32, so the weights are dequantised to float32. NF4 kernels expand to the
-    precision of the training, so that rounding belongs to the weights.
+    precision of the training, so that rounding belongs to the weights. Two bits are expanded in float32.
     """
+    if quantization == "2bit":
+        return two_bit.dequantize_model(model)
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -409,7 +415,7 @@ def _merge(
         model, folder, candidates, max_shard_size, device, probes, reference, weakest, log
     )
     tokenizer.save_pretrained(folder)
-    packages = [*PACKAGES, *(["bitsandbytes"] if plan.quantization != "none" else [])]
+    packages = [*PACKAGES, *(["bitsandbytes"] if plan.quantization in ("8bit", "4bit") else [])]
     return {
         "base": {
             "path": plan.base,

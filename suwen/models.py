@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from suwen import architectures
+from suwen import architectures, experts, two_bit
 from suwen.encoding import apply_template
 from suwen.head import add_reward_forward, add_scoring_head, init_reward_head
 from suwen.lineage import (
@@ -38,6 +38,13 @@ from suwen.lineage import (
     resolve_lineage,
 )
 from suwen.lora_targets import linear_names, lora_targets, trainable_token_indices
+from suwen.progress import say
+
+PROBE_SENTENCES = (
+    "高血压患者每天的食盐摄入量应控制在多少克以内？长期超量会对肾脏和血管造成哪些损害？",
+    "孩子发烧到三十九度，伴有咳嗽和流鼻涕，应该先物理降温还是马上服用退烧药？",
+    "糖尿病足的早期表现包括足部麻木、刺痛、皮肤温度下降，应尽早就诊并控制血糖。",
+)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns on stdout
@@ -104,7 +111,8 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
     """Stretch rotary positions so that `length` tokens fit, in the way transformers 5 stores it.
 
     linear: Chen et al. 2023 (arXiv:2306.15595); yarn: Peng et al. 2023 (arXiv:2309.00071); dynamic: NTK-aware,
-    acts only beyond the model's own window.
+    acts only beyond the model's own window. llama3: Llama 3.1 (arXiv:2407.21783), low frequencies alone, with its
+    released factors 1 and 4.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or "rope_theta" not in parameters:
@@ -121,7 +129,9 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
         raise ValueError(f"--rope_scaling: --max_length {length} already fits the model's window of {window}")
     factor = length / window if kind == "yarn" else float(math.ceil(length / window))
     config.rope_parameters = {**parameters, "rope_type": kind, "factor": factor}
-    if kind == "yarn":
+    if kind == "llama3":
+        config.rope_parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind in ("yarn", "llama3"):
         config.rope_parameters["original_max_position_embeddings"] = window
     if kind != "dynamic":  # dynamic scaling starts where the model's own window ends
         config.max_position_embeddings = length
@@ -129,22 +139,20 @@ def scale_rope(config: Any, kind: str, length: int) -> None:
 
 def quantization_config(
     quantization: str, compute_dtype: torch.dtype, skip: list[str] | None = None
-) -> BitsAndBytesConfig | None:
+) -> BitsAndBytesConfig:
     """bitsandbytes settings: LLM.int8 (arXiv:2208.07339), or NF4 with double quantisation (QLoRA, arXiv:2305.14314).
 
     `skip`: modules that stay as they are; None for the head of a language model.
     """
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            llm_int8_skip_modules=skip,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
-    return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        llm_int8_skip_modules=skip,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def load_base(
@@ -170,10 +178,16 @@ def load_base(
         refuse_reward_model(path)
     if config is not None:
         options["config"] = config
-    if quantization != "none":
+    place = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    exported = bool(getattr(config, "quantization_config", None))  # by tools/quantize_model.py
+    if exported and quantization != "none":
+        raise ValueError(f"--quantization {quantization}: {path!r} is quantised already; leave it out")
+    if exported:
+        options["device_map"] = place
+    if quantization in ("8bit", "4bit"):
         skip = ["score"] if reward else None
         options["quantization_config"] = quantization_config(quantization, compute_dtype, skip)
-        options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        options["device_map"] = place
     try:
         model = (AutoModelForSequenceClassification if reward else AutoModelForCausalLM).from_pretrained(
             path, **options
@@ -184,7 +198,33 @@ def load_base(
         raise ValueError(f"model {path!r}: found a {type(model).__name__}, expected a decoder with a head for scores")
     if reward and not trained_head:
         init_reward_head(model.score)
-    return model.to(device) if device and quantization == "none" else model
+    if quantization == "2bit":
+        if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError(
+                "--quantization 2bit: not with weights spread over processes (ZeRO-3, FSDP); use CONFIG=ddp"
+            )
+        before = None if reward else probe_loss(model, path)
+        report = model.two_bit_report = two_bit.quantize_model(model, device)
+        if before is not None:
+            report.loss_before, report.loss_after = before, probe_loss(model, path)
+        return model
+    return model.to(device) if device and quantization == "none" and not exported else model
+
+
+@torch.no_grad()
+def probe_loss(model: Any, path: str) -> float | None:
+    """Mean loss a token on a few sentences, for a word on what quantising costs; None without a tokenizer."""
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError:
+        return None
+    losses, count = 0.0, 0
+    for text in PROBE_SENTENCES:
+        ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
+        logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        losses -= logps.gather(1, ids[0, 1:, None]).sum().item()
+        count += ids.shape[1] - 1
+    return losses / max(count, 1)
 
 
 def load_causal_lm(
@@ -206,7 +246,7 @@ def load_causal_lm(
     Args:
         path: full model folder, hub name, or LoRA folder.
         dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
-        quantization: none, 8bit or 4bit.
+        quantization: none, 8bit, 4bit or 2bit.
         device: cpu, cuda, cuda:N, or None to leave it where it was loaded.
         trainable: a quantised LoRA folder's adapter can be trained further.
         reward: with a head of one score in the place of the vocabulary, a new one where the folder has none.
@@ -354,9 +394,13 @@ def load_for_training(
 
     `reward`: with a head of one score in the place of the vocabulary.
     """
-    config = None
+    config = load_config(path)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"model {path!r}: is a quantised export, for serving; train from the model it was made from, with"
+            " --quantization"
+        )
     if model_args.rope_scaling:
-        config = load_config(path)
         scale_rope(config, model_args.rope_scaling, max_length)
     dtype = model_args.dtype
     if dtype == "auto":
@@ -368,24 +412,33 @@ def load_for_training(
     model = load_causal_lm(
         path, dtype, model_args.quantization, device, model_args.attn_implementation, config, True, reward
     )
-    (add_reward_forward if reward else add_scoring_head)(without_adapter(model))
-    if is_deepspeed_zero3_enabled():
-        keep_experts_together(model)
+    if report := getattr(without_adapter(model), "two_bit_report", None):
+        say(report.line())
+    prepare_experts(without_adapter(model), model_args, lora.use_peft, reward)
     return model
 
 
-def keep_experts_together(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Have ZeRO-3 gather a layer's experts as one: the modules that hold `experts` become its leaf modules.
+def prepare_experts(model: Any, model_args: Any, use_peft: bool, reward: bool) -> None:
+    """Give a model the forward pass of its stage, with the routers' loss for a mixture of experts.
 
-    Ranks route tokens to different experts, and would wait for one another over the weights of those that only some
-    of them use. DeepSpeed itself knows Mixtral's and Qwen 2 and 3's blocks, of all the families there are.
+    Raises:
+        ValueError: --router_aux_loss_coef for a model without experts.
     """
-    from deepspeed.utils import set_z3_leaf_module
-
-    blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)]
-    for block in blocks:
-        set_z3_leaf_module(block, True)
-    return blocks
+    add_forward = add_reward_forward if reward else add_scoring_head
+    if not experts.find_routers(model):
+        if model_args.router_aux_loss_coef:
+            raise ValueError(
+                f"--router_aux_loss_coef: model type {model.config.model_type!r} has no experts, expected such a model"
+            )
+        return add_forward(model)
+    config = model.config.get_text_config()
+    config.router_aux_loss_coef = experts.coefficient(model_args.router_aux_loss_coef, config, use_peft)
+    if is_deepspeed_zero3_enabled():
+        experts.mark_leaf_modules(model)
+    count, dtype = experts.stacked_experts(model)
+    if model_args.quantization != "none" and count:
+        say(f"note: --quantization {model_args.quantization} leaves the stacked experts, {count:,} weights, in {dtype}")
+    add_forward(model, experts.RouterWatch(model) if config.router_aux_loss_coef else None)
 
 
 def without_adapter(model: Any) -> Any:

@@ -76,11 +76,7 @@ class PolicyTrainer:
         self.rewards, self.held_out_rewards = list(rewards), list(held_out_rewards)
         self.capacity = max_length if packing and not padding else 0
         self.padding = padding
-        if self.batch_size % self.group_size:
-            raise ValueError(
-                f"--num_generations: found {self.group_size}, expected a divisor of {self.batch_size}, the answers of"
-                " an update (per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x processes)"
-            )
+        check_group_size(args, settings)
         require_answer_keys([*rewards, *held_out_rewards], train_dataset, eval_dataset)
         set_seed(args.seed)  # a new adapter begins with random numbers
         model = get_peft_model(model, peft_config) if peft_config is not None else model
@@ -143,30 +139,24 @@ class PolicyTrainer:
 
     @property
     def num_epochs(self) -> int:
-        return self.settings.num_ppo_epochs or (4 if self.settings.algorithm == "ppo" else 1)
+        return num_epochs(self.settings)
 
     @property
     def group_size(self) -> int:
         """Answers to each prompt of an update."""
-        return self.settings.num_generations or {"ppo": 1, "rloo": 4, "grpo": 8}[self.settings.algorithm]
+        return group_size(self.settings)
 
     @property
     def batch_size(self) -> int:
         """Answers of an update, on all ranks."""
-        args = self.args
-        local = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.settings.num_mini_batches
-        return local * args.world_size
+        return batch_size(self.args, self.settings)
 
     @property
     def num_prompts(self) -> int:
         return self.batch_size // self.group_size
 
     def planned_updates(self) -> int:
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        if self.settings.total_episodes:
-            return math.ceil(self.settings.total_episodes / self.batch_size)
-        return math.ceil(self.args.num_train_epochs * len(self.train_dataset) / self.num_prompts)
+        return planned_updates(self.args, self.settings, len(self.train_dataset))
 
     # Rollouts
 
@@ -460,6 +450,51 @@ class PolicyTrainer:
         if self.accelerator.is_main_process:
             self.model.save_pretrained(output, state_dict=weights)
         self.accelerator.wait_for_everyone()
+
+
+# Sizes, as they follow from the flags alone
+
+
+def num_epochs(given: Any) -> int:
+    return given.num_ppo_epochs or (4 if given.algorithm == "ppo" else 1)
+
+
+def group_size(given: Any) -> int:
+    return given.num_generations or {"ppo": 1, "rloo": 4, "grpo": 8}[given.algorithm]
+
+
+def batch_size(args: Any, given: Any) -> int:
+    return (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * given.num_mini_batches * args.world_size
+    )
+
+
+def check_group_size(args: Any, given: Any) -> None:
+    """Refuse an update that does not hold whole groups of answers."""
+    if batch_size(args, given) % group_size(given):
+        raise ValueError(
+            f"--num_generations: found {group_size(given)}, expected a divisor of {batch_size(args, given)}, the"
+            " answers of an update (per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x"
+            " processes)"
+        )
+
+
+def planned_updates(args: Any, given: Any, num_rows: int) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    if given.total_episodes:
+        return math.ceil(given.total_episodes / batch_size(args, given))
+    return math.ceil(args.num_train_epochs * num_rows / (batch_size(args, given) // group_size(given)))
+
+
+def describe_updates(args: Any, given: Any, num_rows: int) -> str:
+    """How many updates there are, and of what; refuses what `PolicyTrainer` would."""
+    check_group_size(args, given)
+    answers, steps = batch_size(args, given), num_epochs(given) * given.num_mini_batches
+    return (
+        f"{given.algorithm}: {planned_updates(args, given, num_rows)} updates, each of {answers} answers to "
+        f"{answers // group_size(given)} prompts and {steps} optimiser steps"
+    )
 
 
 SUMS = ("loss", "policy_loss", "value_loss", "clip_fraction", "policy_moved", "tokens")

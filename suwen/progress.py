@@ -53,7 +53,8 @@ SHOWN = {
     "eval_token_accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin",
     "eval_rewards/accuracies": "reward accuracy", "eval_rewards/margins": "margin", "accuracy": "accuracy",
     "eval_accuracy": "accuracy", "margin": "margin", "eval_margin": "margin", "log_odds_ratio": "log odds ratio",
-    "eval_log_odds_ratio": "log odds ratio", "grad_norm": "gradient",
+    "eval_log_odds_ratio": "log odds ratio", "router_loss": "router loss",
+    "grad_norm": "gradient",
     "learning_rate": "rate",
 }  # fmt: skip
 

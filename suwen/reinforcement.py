@@ -19,7 +19,7 @@ from suwen.failures import explained
 from suwen.interruption import StopSignals
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
 from suwen.policy_alarms import Limits, find_alarm
-from suwen.ppo import PolicyTrainer
+from suwen.ppo import PolicyTrainer, describe_updates
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
 from suwen.saved_weights import require_equal, state_bytes
@@ -56,8 +56,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         *data.report.lines(),
         "example prompt:",
         trainer.processing_class.decode(example[2]),
-        f"{given.algorithm}: {trainer.planned_updates()} updates, each of {trainer.batch_size} answers to "
-        f"{trainer.num_prompts} prompts and {trainer.steps_an_update} optimiser steps",
+        describe_updates(config, given, len(data.train)),
         f"training {record['trained_parameters']:,} of {record['parameters']:,} parameters in "
         f"{'/'.join(record['trained_dtype'])} on {config.world_size} x {config.device.type}",
     )
@@ -84,7 +83,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     trainer.on_nonfinite = args.run.on_nonfinite
     if trainer.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its gradient is seen; expected stop")
-    with explained(output, trainer.model.config, stage.memory_setting(trainer, args)), signals:
+    with explained(output, args.outlook, config.world_size), signals:
         reason = train(trainer, output, limits, about, signals)
     for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
         tracker.finish()

@@ -97,7 +97,7 @@ def load_reward_model(path: str, quantization: str = "none", device: str | None 
     """A reward model ready to score, from a folder of `run_rm.sh` (full or LoRA) or another one-label classifier.
 
     Args:
-        quantization: none, 8bit or 4bit, of the backbone.
+        quantization: none, 8bit, 4bit or 2bit, of the backbone.
         device: cpu, cuda, cuda:N; None for the GPU where there is one.
 
     Raises:

@@ -69,7 +69,10 @@ def add_model_flags(parser: argparse.ArgumentParser, switchable: bool = False) -
         "--template_name", default="auto", metavar="NAME", help="prompt template (default: auto, the tokenizer's own)"
     )
     group.add_argument(
-        "--quantization", choices=("none", "8bit", "4bit"), default="none", help="bitsandbytes weights (default: none)"
+        "--quantization",
+        choices=("none", "8bit", "4bit", "2bit"),
+        default="none",
+        help="8 and 4 bit by bitsandbytes (default: none)",
     )
     group.add_argument(
         "--dtype",

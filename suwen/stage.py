@@ -13,7 +13,7 @@ import pyarrow.compute
 import torch
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
-from suwen import attention
+from suwen import attention, planning
 from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference, read_manifest
 from suwen.data import changed_files
@@ -31,7 +31,6 @@ from suwen.lineage import (
     read_json,
 )
 from suwen.locking import hold
-from suwen.memory import Setting
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
@@ -102,9 +101,10 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         parse_tasks(args.run.eval_tasks, flag="--eval_tasks")
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
-    make_output_dir(args.run.output_dir)
-    if main_process():
-        hold(Path(args.run.output_dir))
+    if not args.run.dry_run:
+        make_output_dir(args.run.output_dir)
+        if main_process():
+            hold(Path(args.run.output_dir))
     precision = compute_precision(library)
     if precision == "bf16" and uses_deepspeed(library) and not torch.cuda.is_available():
         precision = "fp32"  # the library refuses bf16 without a GPU unless use_cpu is set, which DeepSpeed cannot have
@@ -113,12 +113,40 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     if is_adapter_dir(start) and args.model.quantization != "none":
         say("its adapter goes on training as it is: --lora_rank, --target_modules and the like have no effect")
     window = getattr(load_config(start), "max_position_embeddings", None)
+    if args.data.max_length == "auto":
+        args.data.max_length = automatic_length(args, library, precision, start, window)
     length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
     if window and length > window and not args.model.rope_scaling:
         raise ValueError(
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
     return start, precision, length
+
+
+def automatic_length(
+    args: StageArguments, library: dict[str, Any], precision: str, start: str, window: int | None
+) -> int | None:
+    """--max_length auto: what fits into memory; None, with the reason, where that cannot be planned."""
+    if args.model.rope_scaling or window is None:
+        raise ValueError("--max_length auto: found no window to choose from (--rope_scaling, or none in the config)")
+    values = {**COMMON, "gradient_checkpointing": True, **library}
+    values |= {
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": values["gradient_checkpointing"] is not False,
+    }
+    args.data.max_length = None
+    try:
+        plan = planning.outlook(args, values, precision, start, runs_on_cpu(library))
+    except planning.UNPLANNABLE as error:
+        say(f"--max_length auto: no memory plan ({first_line(error)})")
+        return None
+    length, line = planning.choose_length(plan, window)
+    say(line)
+    return length
+
+
+def runs_on_cpu(library: dict[str, Any]) -> bool:
+    return bool(library.get("use_cpu")) or not torch.cuda.is_available()
 
 
 def make_output_dir(output_dir: str) -> None:
@@ -149,8 +177,10 @@ def training_config(
 
     Building it starts the process group, so everything that can take long is done before.
     """
-    cpu = library.get("use_cpu") or not torch.cuda.is_available()
-    values: dict[str, Any] = {**COMMON, "gradient_checkpointing": not cpu, **defaults, **library}
+    cpu = runs_on_cpu(library)
+    values: dict[str, Any] = {**COMMON, "gradient_checkpointing": "auto", **defaults, **library}
+    args.outlook, lines = planning.settle(args, values, precision, cpu, data)
+    say(*lines)
     deepspeed = uses_deepspeed(library)
     # With use_cpu accelerate would leave DeepSpeed aside without a word; it finds the CPU by itself.
     values |= {"output_dir": args.run.output_dir, "use_cpu": cpu and not deepspeed}
@@ -174,6 +204,20 @@ def training_config(
     return config
 
 
+def dry_run(args: StageArguments, config: Any, data: PreparedData, steps: list[str] | None = None) -> None:
+    """Say what the run would be: its data, memory and steps. Nothing is loaded, trained or written.
+
+    `steps`: lines that say how many there are; None for those of packed or padded rows.
+    """
+    steps = steps or planning.step_lines(config, data, int(args.data.max_length or 1024), args.data.packing)
+    say(*data.report.lines())
+    if args.outlook is not None:
+        say(*planning.describe_outlook(args.outlook))
+    say(*steps, "dry run: nothing was trained, and nothing written but the cache of encoded data")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def choose_packing(
     args: StageArguments, config: Any, model: Any, tokenizer: Any, pairs: bool = False
 ) -> dict[str, bool]:
@@ -190,10 +234,16 @@ def choose_packing(
     problem: str | None = "--attn_implementation"
     if args.model.attn_implementation is None:
         try:
-            base.set_attn_implementation(attention.NAME)
+            base.set_attn_implementation(attention_name(args))
             problem = packing_problem(model, len(tokenizer), config, pairs)
         except (ValueError, NotImplementedError) as error:
             problem = first_line(error)
+    if args.model.shift_attn and not (base._supports_attention_backend and positions_of(base.config)):
+        problem = "its attention cannot be replaced, or it has no rotary positions"  # the probe may not notice
+    if problem and args.model.shift_attn:
+        raise ValueError(
+            f"--shift_attn: model type {base.config.model_type!r} cannot have it ({problem}); leave it out"
+        )
     if problem:
         base.set_attn_implementation(own)
         problem = packing_problem(model, len(tokenizer), config, pairs)
@@ -202,6 +252,15 @@ def choose_packing(
     elif not args.data.packing:
         say("packing off: --packing False")
     return {"packing": args.data.packing and problem is None, "padding": problem is not None}
+
+
+def attention_name(args: StageArguments) -> str:
+    """Attention segment by segment, or with --shift_attn in groups of a quarter of --max_length (the paper's share)."""
+    if not args.model.shift_attn:
+        return attention.NAME
+    group = max(2, int(args.data.max_length or 1024) // 4 // 2 * 2)
+    say(f"shifted sparse attention in training, in groups of {group} tokens")
+    return attention.register_shifted(group)
 
 
 def identity(
@@ -300,7 +359,7 @@ def run_stage(
     trainer.about, trainer.nonfinite.action = about_run(record), args.run.on_nonfinite
     if args.run.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
-    with explained(output, trainer.model.config, memory_setting(trainer, args)), trainer.signals:
+    with explained(output, args.outlook, config.world_size), trainer.signals:
         record["training"] = train(trainer, checkpoint)
     trainer.signals.leave(trainer.state.global_step)
     say(*changed_since(data))
@@ -428,32 +487,6 @@ def about_run(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ("stage", "versions", "world_size", "identity")} | {
         "data": record["data"]["contents"]
     }
-
-
-def memory_setting(trainer: Any, args: StageArguments) -> Setting:
-    """A stage's flags in the words of the memory plan."""
-    config = trainer.args
-    stage = (
-        getattr(getattr(config, "hf_deepspeed_config", None), "config", {}).get("zero_optimization", {}).get("stage")
-    )
-    sharding = f"zero{stage}" if stage else "fsdp2" if trainer.is_fsdp_enabled else "ddp"
-    return Setting(
-        stage="dpo" if args.stage in ("dpo", "orpo", "rm") else "sft",
-        use_peft=args.lora.use_peft,
-        lora_rank=args.lora.lora_rank,
-        lora_dropout=args.lora.lora_dropout,
-        quantization=args.model.quantization,
-        precision="bf16" if config.bf16 else "fp16" if config.fp16 else "fp32",
-        pure_bf16=args.model.pure_bf16,
-        tokens=args.data.max_length or 1024,
-        batch=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-        optim=str(config.optim),
-        sharding=sharding if config.world_size > 1 else "none",
-        num_gpus=config.world_size,
-        device=config.device.type,
-    )
 
 
 def changed_since(data: PreparedData) -> list[str]:

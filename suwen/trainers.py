@@ -23,7 +23,8 @@ from suwen.batches import PAIR_COLUMNS, collate_ends, collate_pairs, collate_row
 from suwen.checkpoint import Saves
 from suwen.interruption import StopSignals
 from suwen.lineage import read_json
-from suwen.models import without_dropout
+from suwen.models import without_adapter, without_dropout
+from suwen.neftune import EmbeddingNoise
 from suwen.nonfinite import NonFinite
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
@@ -111,6 +112,13 @@ class PackedTrainer(Trainer):
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
         self.loss_is_scaled_for_ga = True
+        config = without_adapter(self.model).config.get_text_config()
+        self.router_coefficient = getattr(config, "router_aux_loss_coef", None) or 0.0
+        self.router_loss: torch.Tensor | None = None
+        self.neftune_noise_alpha = None  # the library's noise, which knows no packed rows
+        self.noise = None
+        if args.neftune_noise_alpha:
+            self.noise = EmbeddingNoise(self.model.get_input_embeddings(), args.neftune_noise_alpha)
         self.sums: dict[str, torch.Tensor] = {}
         self.about: dict[str, Any] = {}
         self.signals = StopSignals()
@@ -152,6 +160,14 @@ class PackedTrainer(Trainer):
         """The loss summed over the items of a batch, and sums for its metrics."""
         raise NotImplementedError
 
+    def call(self, model: Any, batch: dict[str, Any]) -> Any:
+        """What the model says of a batch; the loss of its routers, where it has one, is kept for `compute_loss`."""
+        if self.noise is not None:
+            self.noise.rows(batch)
+        output = model(**batch)
+        self.router_loss = output.router_loss
+        return output
+
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics from sums over many batches."""
         raise NotImplementedError
@@ -160,6 +176,10 @@ class PackedTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         loss, sums = self.measure(model, inputs)
+        if self.router_loss is not None:  # a mean: counts as often as the batch has items
+            items = self.num_items(inputs)
+            loss = loss + self.router_coefficient * self.router_loss * items
+            sums |= {"router_loss": self.router_loss * items, "router_items": torch.tensor(items, device=loss.device)}
         self.nonfinite.note(loss, inputs)
         for name, value in sums.items():
             value = value.detach().double()
@@ -171,7 +191,10 @@ class PackedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.sums:
-            logs |= self.metrics(self.gathered(self.sums)) | {"num_tokens": self.state.num_input_tokens_seen}
+            sums = self.gathered(self.sums)
+            if router_items := sums.pop("router_items", 0):
+                logs["router_loss"] = sums.pop("router_loss") / router_items
+            logs |= self.metrics(sums) | {"num_tokens": self.state.num_input_tokens_seen}
             self.sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -312,7 +335,7 @@ class LanguageModelTrainer(PackedTrainer):
     collate = staticmethod(collate_rows)
 
     def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        scored = model(**batch)
+        scored = self.call(model, batch)
         loss = -scored.logps.sum()
         tokens = torch.tensor(scored.logps.numel(), device=loss.device)
         return loss, {"nll": loss, "correct": scored.correct.sum(), "tokens": tokens}
@@ -367,10 +390,9 @@ class PairTrainer(PackedTrainer):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {name: value / max(sums["pairs"], 1) for name, value in sums.items() if name != "pairs"}
 
-    @staticmethod
-    def pair_logps(model: Any, batch: dict[str, Any]) -> tuple[PairLogps, PairLogps]:
+    def pair_logps(self, model: Any, batch: dict[str, Any]) -> tuple[PairLogps, PairLogps]:
         owners, num_pairs = batch.pop("owners"), batch.pop("num_pairs")
-        return sum_by_answer(model(**batch).logps, owners, num_pairs)
+        return sum_by_answer(self.call(model, batch).logps, owners, num_pairs)
 
     def compute_reference(self, cache_dir: Path, key: str) -> None:
         """Log-probabilities of all answers under the model as it is now, kept for the training; from the disk if there.
@@ -467,7 +489,7 @@ class RewardTrainer(PackedTrainer):
     def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         batch = dict(batch)
         margins, numbers = batch.pop("margins"), batch.pop("numbers")
-        scores = model(**batch).scores
+        scores = self.call(model, batch).scores
         chosen, rejected = scores.view(-1, 2).unbind(1)
         losses = bradley_terry_loss(chosen, rejected, self.settings.margin_scale * margins, self.settings.centering)
         self.measured = torch.stack([numbers, chosen.detach(), rejected.detach()], dim=1)

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
-from old_checkpoints import write_original
+from old_checkpoints import train_sentencepiece, write_original
 from transformers import AutoModelForCausalLM
 
+import inference
+import merge_peft_adapter
+import supervised_finetuning
 from benchmarks.family_matrix import FAMILIES, STEPS, run_family, write_model
 from suwen.conversion.convert import convert_checkpoint
 from suwen.lora_targets import lora_targets
+from suwen.models import load_tokenizer
+from tools import convert_checkpoint as convert_tool
+from tools import extend_vocabulary
 
 OFTEN = ("mixtral", "baichuan-13b", "chatglm")  # a native mixture of experts and the two classes of our own
 
@@ -61,3 +67,41 @@ def test_a_fused_name_stays_where_the_model_has_it_and_an_unknown_one_is_refused
     assert lora_targets(model, "query_key_value") == ["query_key_value"]
     with pytest.raises(ValueError, match="--target_modules: found q_proj, expected names of this model: dense, "):
         lora_targets(model, "q_proj")
+
+
+@pytest.mark.slow
+def test_an_old_model_is_converted_extended_tuned_in_4_bits_merged_and_chats(tmp_path, capsys):
+    symbols = ("<reserved_106>", "<reserved_107>")  # of Baichuan2's template
+    model = train_sentencepiece(user_defined_symbols=symbols, add_dummy_prefix=False)
+    sizes = {"vocab_size": 2560, "max_position_embeddings": 512, "model_max_length": 512}
+    write_original(tmp_path / "old", "baichuan2-7b", "bin", **sizes)
+    (tmp_path / "old" / "tokenizer.model").write_bytes(model)
+    convert = ["--model_name_or_path", str(tmp_path / "old"), "--family", "baichuan2-7b", "--verify"]
+    convert_tool.main([*convert, "--output_dir", str(tmp_path / "converted")])
+    text = ["--train_file_dir", "data/pretrain", "--num_new_tokens", "40", "--min_frequency", "3"]
+    extend_vocabulary.main(
+        ["--model_name_or_path", str(tmp_path / "converted"), "--output_dir", str(tmp_path / "extended"), *text]
+    )
+    supervised_finetuning.main(
+        ["--model_name_or_path", str(tmp_path / "extended"), "--output_dir", str(tmp_path / "sft"), "--use_cpu"]
+        + ["--train_file_dir", "data/sft", "--template_name", "baichuan2", "--use_peft", "--quantization", "4bit"]
+        + ["--max_steps", "4", "--max_length", "256", "--max_train_samples", "32", "--max_eval_samples", "2"]
+        + ["--num_proc", "1", "--report_to", "none", "--save_strategy", "no", "--on_bad_rows", "skip"]
+        + ["--cache_dir", str(tmp_path / "cache")]
+    )
+    merge_peft_adapter.main(["--lora_model", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "merged")])
+    questions, answers = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
+    questions.write_text("高血压怎么办？\n咳嗽做什么检查？\n", encoding="utf-8")
+    inference.main(
+        ["--base_model", str(tmp_path / "merged"), "--data_file", str(questions), "--output_file", str(answers)]
+        + ["--max_new_tokens", "8", "--use_cpu"]
+    )
+    assert len(answers.read_text(encoding="utf-8").splitlines()) == 2
+    rows = [load_tokenizer(str(tmp_path / name)) for name in ("converted", "extended", "merged")]
+    assert len(rows[0]) < len(rows[1]) == len(rows[2])
+    assert "<reserved_106>" in rows[2].chat_template
+    embedding = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "extended").get_input_embeddings().weight
+    new = slice(len(rows[0]), len(rows[1]))
+    assert (embedding[new] - before[new]).abs().max() > 0  # rows of new words were trained beside the adapter
+    assert torch.equal(embedding[:100], before[:100])

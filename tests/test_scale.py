@@ -11,10 +11,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import supervised_finetuning
-from suwen.models import keep_experts_together
 from suwen.packing import Packs
 from suwen.rescale import engine_of, fit_processes
 from suwen.trainers import row_lengths
@@ -155,21 +153,6 @@ def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
         fit_processes(parts, two, one, "deepspeed")
     with pytest.raises(ValueError, match="written by DeepSpeed, this run uses no engine .*same CONFIG"):
         fit_processes(parts, two, one, "none")
-
-
-def test_zero_3_takes_the_experts_of_a_layer_as_one():
-    config = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **config, num_key_value_heads=2, moe_intermediate_size=8, num_hidden_layers=3, first_k_dense_replace=1,
-            n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, kv_lora_rank=4, q_lora_rank=4,
-            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
-        )
-    )  # fmt: skip
-    blocks = keep_experts_together(model)
-    assert [type(block).__name__ for block in blocks] == ["DeepseekV3MoE"] * 2  # the first layer is dense
-    assert all(block._z3_leaf for block in blocks)
-    assert keep_experts_together(LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=1))) == []
 
 
 # Large data

@@ -26,7 +26,7 @@ class PlanArguments:
     model_name_or_path: str = flag("", "model folder, config.json, hub name, or a size such as 7B or 8x7B")
     gpu_memory: float | None = flag(None, "memory of one card in GB; unset: the plan alone")
     table: bool = flag(False, "the table of methods and sizes, instead of one plan")
-    stage: Literal["pt", "sft", "dpo"] = flag("sft", "training stage")
+    stage: Literal["pt", "sft", "dpo", "rm", "orpo", "ppo"] = flag("sft", "training stage")
     use_peft: bool = flag(False, "LoRA")
     lora_rank: int = flag(8, "rank of the adapter")
     lora_dropout: float = flag(0.05, "dropout before the adapter")
@@ -34,7 +34,10 @@ class PlanArguments:
     precision: Literal["bf16", "fp16", "fp32"] = flag("bf16", "of the arithmetic")
     pure_bf16: bool = flag(False, "bfloat16 weights without float32 masters")
     max_length: int = flag(1024, "tokens in a sequence")
-    per_device_train_batch_size: int = flag(1, "sequences in a micro-batch; pairs in DPO")
+    per_device_train_batch_size: int = flag(1, "sequences in a micro-batch; pairs in DPO, ORPO and RM")
+    generation_batch_size: int = flag(32, "answers drawn at once (PPO)")
+    reward_model: str | None = flag(None, "reward model beside the policy, as --model_name_or_path (PPO)")
+    target_modules: str = flag("all", "what LoRA adapts")
     gradient_accumulation_steps: int = flag(8, "micro-batches in an optimiser step")
     gradient_checkpointing: bool = flag(True, "recompute activations")
     optim: str = flag("adamw_torch", "adamw_torch, adamw_bnb_8bit or sgd")
@@ -109,26 +112,6 @@ def print_table(common: dict[str, Any]) -> None:
     )
 
 
-def advise(shape: Any, setting: Any, capacity: float) -> None:
-    from suwen.memory import cheaper_settings, largest_batch, plan_memory
-
-    if plan_memory(shape, setting).total <= capacity:
-        batch = largest_batch(shape, setting, capacity)
-        print(f"fits into {capacity / 1e9:g} GB; largest --per_device_train_batch_size {batch}")
-        return
-    for flags, cheaper in cheaper_settings(setting):
-        total = plan_memory(shape, cheaper).total
-        if total <= capacity:
-            batch = largest_batch(shape, cheaper, capacity)
-            print(
-                f"does not fit into {capacity / 1e9:g} GB; fits with {flags}: {total / 1e9:.2f} GB, batch up to {batch}"
-            )
-            return
-    print(
-        f"does not fit into {capacity / 1e9:g} GB with any setting; shorter --max_length, more cards or a smaller model"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     (args,) = split_dataclasses(build_parser(__doc__ or "", PlanArguments).parse_args(argv), PlanArguments)
     if not args.model_name_or_path and not args.table:
@@ -137,11 +120,18 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"--quantization {args.quantization}: quantised weights cannot be trained, add --use_peft True"
         )
-    for name in ("max_length", "per_device_train_batch_size", "num_gpus", "lora_rank", "gradient_accumulation_steps"):
+    for name in (
+        "max_length",
+        "per_device_train_batch_size",
+        "num_gpus",
+        "lora_rank",
+        "gradient_accumulation_steps",
+        "generation_batch_size",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: found {getattr(args, name)}, expected at least 1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from suwen.memory import Setting, describe, plan_memory, shape_of
+    from suwen.memory import Setting, advise, describe, frozen_bytes, plan_memory, shape_of
 
     names = {field.name for field in dataclasses.fields(Setting)}
     values = {name: value for name, value in vars(args).items() if name in names}
@@ -149,12 +139,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print_table(values | {"gradient_accumulation_steps": 1, "quantization": "none", "use_peft": False})
         return
-    shape, setting = shape_of(load_config(args.model_name_or_path)), Setting(**values)
+    values["generation_batch"] = args.generation_batch_size
+    if args.reward_model and args.stage == "ppo":
+        reward = Setting(use_peft=True, precision=args.precision)
+        values["reward_bytes"] = frozen_bytes(shape_of(load_config(args.reward_model)), reward)[0]
+    shape, setting = shape_of(load_config(args.model_name_or_path), args.target_modules), Setting(**values)
     plan = plan_memory(shape, setting)
     print(f"{args.model_name_or_path}: {shape.total / 1e9:.2f} billion parameters in {shape.layers} layers")
     print("\n".join(describe(plan)))
     if args.gpu_memory:
-        advise(shape, setting, args.gpu_memory * 1e9)
+        print(advise(shape, setting, args.gpu_memory * 1e9))
 
 
 if __name__ == "__main__":

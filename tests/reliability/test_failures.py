@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from suwen.checkpoint import list_checkpoints
 from suwen.failures import explained
-from suwen.memory import Setting
+from suwen.memory import Outlook, Setting, shape_of
 from suwen.nonfinite import ROWS_FILE
 
 pytestmark = pytest.mark.training
@@ -83,17 +83,18 @@ def test_where_every_step_is_no_number_nothing_moves_and_the_run_ends(poisoned, 
 
 TINY = LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 SETTING = Setting(precision="fp32", gradient_checkpointing=False, batch=4, device="cpu")
+OUTLOOK = Outlook(shape_of(TINY), SETTING, 1e9, "of main memory")
 
 
 def test_memory_that_is_too_small_is_answered_by_the_planner(tmp_path, ledger):
     ledger.inject("out of memory")
-    with pytest.raises(ValueError, match="out of memory; a step needs about .* GB a process; lower it by") as error:
-        with explained(tmp_path, TINY, SETTING):
+    with pytest.raises(ValueError, match="out of memory; planned .* of 1.00 GB of main memory") as error:
+        with explained(tmp_path, OUTLOOK, 1):
             torch.empty(1 << 60)
-    assert "--gradient_checkpointing True (" in str(error.value) and "\n" not in str(error.value)
+    assert "--gradient_checkpointing True needs" in str(error.value) and "\n" not in str(error.value)
     ledger.add("out of memory")
 
 
 def test_other_failures_keep_their_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), explained(tmp_path, TINY, SETTING):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), explained(tmp_path, OUTLOOK, 1):
         torch.ones(2, 3) @ torch.ones(2, 3)

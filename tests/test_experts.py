@@ -1,0 +1,172 @@
+"""Mixtures of experts: the routers' loss by hand and against the library's, in training, and what engines are told."""
+
+import io
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import pretraining
+import supervised_finetuning
+from benchmarks.family_matrix import FAMILIES, write_model
+from suwen.batches import pack_rows, pad_rows
+from suwen.experts import RouterWatch, balance_loss, coefficient, find_routers, mark_leaf_modules, stacked_experts
+from suwen.head import add_scoring_head
+from suwen.lineage import read_json
+
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "deepseek-moe")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    found = {}
+    for name in MIXTURES:
+        folder = tmp_path_factory.mktemp(name)
+        with redirect_stdout(io.StringIO()):
+            write_model(FAMILIES[name], folder)
+        found[name] = str(folder)
+    return found
+
+
+def load(folder: str):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def rows(count: int = 3) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    found = [torch.randint(5, 400, (length,), generator=generator).tolist() for length in (21, 9, 14)[:count]]
+    return [{"input_ids": ids, "labels": ids} for ids in found]
+
+
+def test_the_loss_is_k_for_even_use_and_more_for_uneven_use():
+    even = torch.full((4, 4), 0.25)
+    assert balance_loss(even, torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])).item() == 2
+    # all four tokens to expert 0, which gets probability 0.7: 4 * 1 * 0.7
+    one = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).repeat(4, 1)
+    assert balance_loss(one, torch.zeros(4, 1, dtype=torch.long)).item() == pytest.approx(2.8)
+    kept = torch.tensor([True, False, True, True])
+    one[1] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # padding, not counted
+    assert balance_loss(one, torch.tensor([[0], [3], [0], [0]]), kept).item() == pytest.approx(2.8)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_router_of_a_mixture_is_watched_and_its_weights_learn_from_the_loss(name, folders):
+    model = load(folders[name]).train()
+    routers = find_routers(model)
+    assert routers and len({id(router) for router in routers}) == len(routers)
+    watch = RouterWatch(model)
+    add_scoring_head(model, watch)
+    found = model(**pack_rows(rows()))
+    found.router_loss.backward()
+    assert all(router.weight.grad.abs().max() > 0 for router in routers)
+    assert model.eval()(**pack_rows(rows())).router_loss is None
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_loss_is_the_mean_over_layers_of_the_librarys(name, folders):
+    model = load(folders[name]).train()
+    batch = pad_rows(rows(), 0)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    top = model.config.num_experts_per_tok
+    layers = model(**inputs, output_router_logits=True).router_logits
+    expected = [load_balancing_loss_func((logits,), 4, top, batch["attention_mask"]) for logits in layers]
+    add_scoring_head(model, RouterWatch(model))
+    assert model(**batch).router_loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_packed_rows_and_checkpointing_give_the_same_loss_and_gradients(name, folders):
+    found = []
+    for pack, checkpointing in ((pack_rows, False), (lambda rows: pad_rows(rows, 0), False), (pack_rows, True)):
+        model = load(folders[name]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        watch = RouterWatch(model)
+        add_scoring_head(model, watch)
+        output = model(**pack(rows(1)))
+        (output.router_loss - output.logps.sum()).backward()
+        assert not watch.decisions
+        found.append((output.router_loss.item(), [router.weight.grad for router in find_routers(model)]))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for one, other in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_weight_is_the_models_own_in_full_training_and_0_with_lora():
+    class Config:
+        router_aux_loss_coef = 0.02
+
+    assert coefficient(None, Config, False) == 0.02
+    assert coefficient(None, object(), False) == 0.001
+    assert coefficient(None, Config, True) == 0
+    assert coefficient(0.5, Config, True) == 0.5
+
+
+def train(main, folder: str, out, *more: str) -> list[dict]:
+    words = ["--model_name_or_path", folder, "--output_dir", str(out), "--cache_dir", str(out) + "-cache"]
+    words += ["--max_steps", "12", "--max_length", "192", "--max_train_samples", "24", "--max_eval_samples", "2"]
+    words += ["--num_proc", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no", "--report_to", "none"]
+    words += ["--disable_tqdm", "True", "--use_cpu", "--bf16", "False", "--logging_steps", "4", "--on_bad_rows", "skip"]
+    main([*words, *more])
+    return read_json(out / "run.json")
+
+
+@pytest.mark.training
+def test_training_with_the_loss_evens_out_what_training_without_it_does_not(folders, tmp_path, capsys):
+    found = {}
+    for weight in ("0.5", "0"):
+        torch.manual_seed(0)
+        out = tmp_path / weight
+        flags = ["--train_file_dir", "data/pretrain", "--router_aux_loss_coef", weight, "--learning_rate", "5e-3"]
+        record = train(pretraining.main, folders["mixtral"], out, *flags)
+        said = capsys.readouterr().out
+        assert ("router loss" in said) == (weight != "0")
+        assert record["arguments"]["router_aux_loss_coef"] == float(weight)
+        model = load(str(out)).train()
+        assert model.config.router_aux_loss_coef == float(weight)
+        add_scoring_head(model, RouterWatch(model))
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        ids = tokenizer("高血压患者应当低盐饮食，按时服药，定期测量血压。糖尿病的典型症状是多饮、多食、多尿。")[
+            "input_ids"
+        ]
+        found[weight] = model(**pack_rows([{"input_ids": ids, "labels": ids}])).router_loss.item()
+    assert 2 <= found["0.5"] < found["0"]
+
+
+@pytest.mark.training
+def test_four_bits_say_that_experts_stay_as_they_are_and_lora_leaves_routers(folders, tmp_path, capsys):
+    flags = ["--train_file_dir", "data/sft", "--use_peft", "True", "--quantization", "4bit", "--max_steps", "1"]
+    record = train(supervised_finetuning.main, folders["mixtral"], tmp_path / "sft", *flags)
+    count, dtype = stacked_experts(load(folders["mixtral"]))
+    assert dtype == "float32" and count == 2 * 4 * 3 * 64 * 96
+    assert f"leaves the stacked experts, {count:,} weights, in float32" in capsys.readouterr().out
+    assert record["trained_parameters"] < count
+
+
+@pytest.mark.training
+def test_the_loss_is_refused_where_there_are_no_experts(tmp_path):
+    with redirect_stdout(io.StringIO()):
+        write_model(FAMILIES["llama"], tmp_path / "llama")
+    flags = ["--train_file_dir", "data/pretrain", "--router_aux_loss_coef", "0.1"]
+    with pytest.raises(ValueError, match="--router_aux_loss_coef: model type 'llama' has no experts"):
+        train(pretraining.main, str(tmp_path / "llama"), tmp_path / "pt", *flags)
+    with pytest.raises(ValueError, match="--router_aux_loss_coef: found -1.0, expected 0 or more"):
+        train(pretraining.main, str(tmp_path / "llama"), tmp_path / "pt", *flags[:2], "--router_aux_loss_coef", "-1")
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("name", MIXTURES)
+def test_zero_3_is_told_each_block_of_router_and_experts_once(name, folders):
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils import get_z3_leaf_modules
+
+    model = load(folders[name])
+    assert mark_leaf_modules(model) == len(find_routers(model)) == len(get_z3_leaf_modules(model))
+    assert all(any(p.ndim == 3 for p in block.parameters()) for block in get_z3_leaf_modules(model))
