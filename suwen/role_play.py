@@ -85,15 +85,16 @@ def draw_scenes(
 ) -> list[Scene]:
     """`count` meetings: all pairs once in random order, then all once more. More scenes keep the first ones."""
     scenes: list[Scene] = []
-    for lap in itertools.count():
+    lap = 0
+    while len(scenes) < count:
         rng = random.Random(f"scenes {seed} {lap}")
         pairs = list(itertools.product(patients, clinicians))
         rng.shuffle(pairs)
         for patient, clinician in pairs[: count - len(scenes)]:
             length = rng.randint(min(2, rounds), rounds)
             scenes.append(Scene(len(scenes), patient, clinician, length, rng.randrange(2**31)))
-        if len(scenes) == count:
-            return scenes
+        lap += 1
+    return scenes
 
 
 class Pace:
@@ -117,7 +118,7 @@ def play(endpoint: Endpoint, client: httpx.Client, scene: Scene, pace: Pace, **s
     ask = PATIENT.format(clinician=scene.clinician["person"], **{k: scene.patient[k] for k in PATIENT_KEYS[1:]})
     treat = CLINICIAN.format(person=scene.clinician["person"], manner=scene.clinician["manner"])
 
-    def speak(system: str, seen: list[dict[str, str]], turn: int) -> str:
+    def speak(system: str, seen: list[dict[str, str]], turn: int) -> str | None:
         pace.wait()
         messages = [{"role": "system", "content": system}, *seen]
         reply = complete_chat(endpoint, client, messages, seed=(scene.seed + turn) % 2**31, **sampling)
@@ -132,17 +133,17 @@ def play(endpoint: Endpoint, client: httpx.Client, scene: Scene, pace: Pace, **s
             talk.problem = "cut-off turn"
         elif any(text == message["content"] for message in talk.messages):
             talk.problem = "the same words again"
-        return text
+        return None if talk.problem else text
 
     for turn in range(scene.rounds):
         mirrored = {"user": "assistant", "assistant": "user"}
         seen = [{"role": mirrored[m["role"]], "content": m["content"]} for m in talk.messages]
         text = speak(ask, [{"role": "user", "content": OPENING}, *seen], 2 * turn)
-        if talk.problem or (GOODBYE in text and talk.messages):
+        if text is None or (GOODBYE in text and talk.messages):
             break  # a goodbye needs no answer
         talk.messages.append({"role": "user", "content": text.replace(GOODBYE, "").strip()})
         answer = speak(treat, talk.messages, 2 * turn + 1)
-        if talk.problem:
+        if answer is None:
             break
         talk.messages.append({"role": "assistant", "content": answer.replace(GOODBYE, "").strip()})
     if talk.problem and len(talk.messages) >= 4:  # two good rounds stand for themselves
