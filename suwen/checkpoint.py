@@ -105,7 +105,7 @@ class Saves:
     def _publish(self, folder: Path, about: dict[str, Any], limit: int | None, keep: Collection[int]) -> None:
         with self._explained(about["step"]):
             publish(folder, self.output_dir / folder.name, about)
-            folder.parent.rmdir()
+            shutil.rmtree(folder.parent, ignore_errors=True)
             rotate(self.output_dir, limit, keep)
 
     @contextlib.contextmanager
