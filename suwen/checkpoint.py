@@ -105,6 +105,7 @@ class Saves:
     def _publish(self, folder: Path, about: dict[str, Any], limit: int | None, keep: Collection[int]) -> None:
         with self._explained(about["step"]):
             publish(folder, self.output_dir / folder.name, about)
+            shutil.rmtree(folder.parent, ignore_errors=True)
             rotate(self.output_dir, limit, keep)
 
     @contextlib.contextmanager

@@ -317,6 +317,7 @@ class PackedTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.go_on()  # where no epoch was left
         self.saves.finish()  # the best checkpoint may be loaded now
+        self.saves.wait()  # a rank that left would have the launcher end the one that publishes
         return super()._finalize_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
