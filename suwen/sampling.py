@@ -79,7 +79,7 @@ def hold_out(prompts: np.ndarray, target: int, seed: int) -> np.ndarray:
     ordered.sort()
     if not len(ordered) or ordered[0] == ordered[-1]:
         return np.zeros(len(prompts), dtype=bool)
-    chosen: list[np.uint64] = []
+    chosen: list[Any] = []
     held = start = 0
     while held < target and ordered[start] != ordered[-1]:  # one prompt at least is for training
         end = int(np.searchsorted(ordered, ordered[start], side="right"))

@@ -38,7 +38,7 @@ def tree(tmp_path) -> Path:
     folder = tmp_path / "su wen"
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "suwen").mkdir()
-    for name in ("__init__", "check_environment", "preflight", "meeting", "all_reduce", "readers"):
+    for name in ("__init__", "check_environment", "preflight", "meeting", "all_reduce", "readers", "records"):
         shutil.copy(ROOT / "suwen" / f"{name}.py", folder / "suwen")
     for name in (*LAUNCHERS, "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)

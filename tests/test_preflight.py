@@ -222,6 +222,8 @@ def test_where_things_lie_may_differ_but_not_what_is_trained():
     assert command("--output_dir=a", "--seed", "1") == command("--output_dir=b", "--seed", "1")
     assert command("--output_dir", "a", "--seed", "1") != command("--output_dir", "a", "--seed", "2")
     assert command("--seed=1") != command("--seed=2")
+    told = command("--hub_token", "hf_secret")
+    assert "hf_secret" not in str(told) and told != command("--hub_token", "hf_other")
 
 
 def test_the_sampled_hash_sees_every_byte_of_small_files_and_the_sampled_ones_of_large_files(tmp_path):
