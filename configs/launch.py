@@ -59,6 +59,8 @@ def main() -> int:
         for rank in ranks:  # they hear no signal while they wait for one that is gone
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
+        time.sleep(FORCE_SECONDS / 2)
+        os._exit(lost[0])  # torch's launcher itself hears no signal while it waits for the machine to join
 
     if meeting is not None:
         meeting.watch(end)

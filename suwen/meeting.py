@@ -19,6 +19,7 @@ from typing import Any
 
 BEAT_SECONDS = 5.0
 LOST_SECONDS = 20.0  # a machine that was silent for so long counts as lost
+GOODBYE_SECONDS = 2.0
 LARGEST_LINE = 1 << 22  # bytes
 
 
@@ -48,6 +49,9 @@ class Link:
 
     def read(self) -> list[Any]:
         """The values that have arrived whole; waits for bytes. EOFError at the end of the connection."""
+        if self.unread:  # came together with what `receive` gave
+            values, self.unread = self.unread, []
+            return values
         data = self.connection.recv(1 << 16)
         if not data:
             raise EOFError
@@ -55,6 +59,16 @@ class Link:
         if len(self.buffer) > LARGEST_LINE:
             raise EOFError
         return [json.loads(line) for line in lines if line]
+
+    def finish(self, until: float) -> None:
+        """End the connection when the other side has; a socket closed on unread bytes would take our last line back."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while (left := until - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(1 << 16):
+                    break
+        self.connection.close()
 
     def receive(self, until: float, step: str) -> Any:
         """The next value; Lost if it has not come by `until` (time.monotonic)."""
@@ -128,7 +142,11 @@ class Meeting:
                         self.links[number].beat()
             sockets = {self.links[number].connection: number for number in heard}
             problem, code = "", 1
-            for connection in select.select(list(sockets), [], [], BEAT_SECONDS / 5)[0]:
+            try:
+                ready = select.select(list(sockets), [], [], BEAT_SECONDS / 5)[0]
+            except (OSError, ValueError):
+                return  # closed by this machine's own goodbye
+            for connection in ready:
                 number = sockets[connection]
                 heard[number] = time.monotonic()
                 try:
@@ -138,6 +156,7 @@ class Meeting:
                     break
                 if (end := next((value for value in values if "end" in value), None)) is not None:
                     del heard[number]
+                    self.links[number].connection.close()
                     problem, code = end["end"] and f"{self.links[number].name} {end['end']}", end["code"]
             silent = [number for number, when in heard.items() if time.monotonic() - when > LOST_SECONDS]
             if silent and not problem:
@@ -152,6 +171,9 @@ class Meeting:
         if not self.ended.is_set():
             self.ended.set()
             self._tell({"end": problem, "code": code})
+            until = time.monotonic() + GOODBYE_SECONDS
+            for link in self.links.values():
+                link.finish(until)
 
 
 def meet(machines: int, machine: int, address: str, port: int, host: str, seconds: float) -> Meeting:

@@ -6,7 +6,6 @@ the training would go wrong in silence or wait for half an hour. Each step has i
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import multiprocessing
@@ -26,6 +25,7 @@ from suwen import all_reduce
 from suwen.check_environment import query_gpus, read_pins
 from suwen.meeting import Lost, Meeting, meet
 from suwen.readers import parse_sources
+from suwen.records import SECRETS
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_SECONDS = 300.0  # for the other machines to start; PREFLIGHT_WAIT
@@ -33,7 +33,7 @@ COMPARE_SECONDS = 60.0
 REDUCE_SECONDS = 120.0  # torch's import included, which a cold network disk makes slow
 CLOCK_SECONDS = 60.0
 FREE_BYTES = 1 << 30
-CODE = ("*.py", "suwen/**/*.py", "configs/*", "requirements.txt")
+CODE = ("*.py", "suwen/**/*.py", *(f"configs/*.{kind}" for kind in ("py", "sh", "json", "yaml")), "requirements.txt")
 DATA_FLAGS = ("--train_file_dir", "--train_file", "--validation_file_dir", "--validation_file")
 MODEL_FLAGS = ("--model_name_or_path", "--tokenizer_name_or_path")
 # Flags whose values may differ between machines: what stands in the folders is compared instead
@@ -114,7 +114,9 @@ def collect_facts(words: Sequence[str], num_processes: int) -> dict[str, Any]:
     command, before = [Path(words[0]).name if words else ""], ""
     for word in words[1:]:
         name = word.partition("=")[0]
-        command.append(name if name in PLACES else "" if before in PLACES else word)
+        secret = any(part in before.lower() for part in SECRETS)
+        word_or_hash = hashlib.sha256(word.encode()).hexdigest()[:8] if secret else word
+        command.append(name if name in PLACES else "" if before in PLACES else word_or_hash)
         before = word
     return {
         "processes": num_processes,
@@ -182,6 +184,10 @@ def _describe(found: dict[str, Any] | None) -> str:
 
 def interface_of(address: str) -> str | None:
     """The name of the network interface with this IPv4 address; None if there is none (Linux)."""
+    try:
+        import fcntl
+    except ImportError:  # no Unix
+        return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

@@ -38,7 +38,8 @@ def tree(tmp_path) -> Path:
     folder = tmp_path / "su wen"
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "suwen").mkdir()
-    for name in ("__init__", "check_environment", "arguments", "preflight", "meeting", "all_reduce", "readers"):
+    names = ("__init__", "check_environment", "arguments", "preflight", "meeting", "all_reduce", "readers", "records")
+    for name in names:
         shutil.copy(ROOT / "suwen" / f"{name}.py", folder / "suwen")
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "experiment.py", folder / "tools")
