@@ -16,26 +16,32 @@ VOCABULARY_RECORD = "vocabulary.json"  # in a model folder whose vocabulary was 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj")
 ALIASES = dict.fromkeys(("W_pack", "query_key_value", "wqkv", "c_attn"), ATTENTION_PARTS)
 
+# PEFT 0.21 takes these names for the stacked experts of such models, though their shared experts and dense layers are
+# linear layers of the same names; it reaches experts as parameters only, not with dropout, and not in 4 bits.
+TAKEN_FOR_EXPERTS = dict.fromkeys(("deepseek_v2", "deepseek_v3"), {"gate_proj", "up_proj", "down_proj"})
+
 
 def linear_names(model: Any) -> list[str]:
-    """Last parts of the names of all linear layers outside the head, quantised ones too, sorted."""
+    """Last parts of the names of all linear layers outside the head that LoRA can adapt, quantised ones too, sorted."""
     head = getattr(model, "score", None) or model.get_output_embeddings()
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return sorted({name.rsplit(".", 1)[-1] for name, module in modules if module is not head})
+    found = {name.rsplit(".", 1)[-1] for name, module in modules if module is not head}
+    return sorted(found - TAKEN_FOR_EXPERTS.get(model.config.get_text_config().model_type, set()))
 
 
 def lora_targets(model: Any, wanted: str) -> list[str]:
     """Module names for PEFT from the flag's value.
 
-    "all" is every linear layer but the head. The stacked experts of MoE models are no linear layers and stay as they
-    are: PEFT reaches them as parameters, but only without dropout, and trains many times the weights there. A fused
-    name of an old checkpoint means its parts where the model has these instead.
+    "all" is every linear layer but the head, in DeepSeek-V2 and V3 those of the attention. The stacked experts of MoE
+    models are no linear layers and stay as they are: PEFT reaches them as parameters, but only without dropout, and
+    trains many times the weights there. A fused name of an old checkpoint means its parts where the model has these
+    instead.
 
     Args:
         wanted: all, all-linear, or names, comma-separated.
 
     Raises:
-        ValueError: a name that no module of the model has.
+        ValueError: a name that no module of the model has, or that PEFT takes for another.
     """
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if names in (["all"], ["all-linear"]):
@@ -45,6 +51,12 @@ def lora_targets(model: Any, wanted: str) -> list[str]:
     if missing := [name for name in resolved if name not in present]:
         known = ", ".join(linear_names(model))
         raise ValueError(f"--target_modules: found {', '.join(missing)}, expected names of this model: {known}")
+    taken = TAKEN_FOR_EXPERTS.get(model.config.get_text_config().model_type, set())
+    if wrong := [name for name in resolved if name in taken]:
+        known = ", ".join(linear_names(model))
+        raise ValueError(
+            f"--target_modules: {', '.join(wrong)} are stacked experts to PEFT here, expected some of {known}"
+        )
     return list(dict.fromkeys(resolved))
 
 

@@ -15,7 +15,8 @@ from suwen.models import load_tokenizer
 from tools import convert_checkpoint as convert_tool
 from tools import extend_vocabulary
 
-OFTEN = ("mixtral", "baichuan-13b", "chatglm")  # a native mixture of experts and the two classes of our own
+# Two native mixtures of experts and the two classes of our own
+OFTEN = ("mixtral", "deepseek_v3", "baichuan-13b", "chatglm")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def build(name: str, folder):
         ("glm", "down_proj gate_up_proj k_proj o_proj q_proj v_proj"),
         ("bloom", "dense dense_4h_to_h dense_h_to_4h query_key_value"),
         ("mixtral", "k_proj o_proj q_proj v_proj"),
-        ("deepseek_v3", "down_proj gate_proj kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj up_proj"),
+        ("deepseek_v3", "kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj"),  # see TAKEN_FOR_EXPERTS
         ("baichuan-13b", "W_pack down_proj gate_proj o_proj up_proj"),
         ("chatglm", "dense dense_4h_to_h dense_h_to_4h query_key_value"),
     ],
@@ -60,6 +61,13 @@ def test_the_fused_names_of_old_launchers_mean_their_parts_after_the_conversion(
     convert_checkpoint(str(tmp_path / "old"), str(tmp_path / "new"), family, log=lambda line: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert lora_targets(model, f"{fused},o_proj") == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_names_that_peft_takes_for_experts_are_refused(tmp_path):
+    model = build("deepseek_v3", tmp_path)
+    assert any(name.endswith("shared_experts.down_proj") for name, _ in model.named_modules())
+    with pytest.raises(ValueError, match="--target_modules: down_proj are stacked experts to PEFT here, expected some"):
+        lora_targets(model, "o_proj,down_proj")
 
 
 def test_a_fused_name_stays_where_the_model_has_it_and_an_unknown_one_is_refused(tmp_path):
