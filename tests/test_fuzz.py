@@ -630,7 +630,7 @@ def test_for_minutes(number):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "form"), [(".jsonl", '{"text": %s}'), (".json", '[{"text": %s}]'), (".json", "{\n%s}")]
+    ("suffix", "form"), [(".jsonl", '{"text": %s}'), (".json", '[{"text": %s}]'), (".json", '{"rows": %s}')]
 )
 def test_a_number_without_end_is_refused_with_its_place(suffix, form):
     with written((form % ("9" * 5000)).encode(), suffix) as file:
