@@ -13,7 +13,6 @@ from suwen.lineage import (
     adapter_base,
     adapter_shapes,
     file_sha256,
-    first_line,
     is_adapter_dir,
     read_json,
     recorded_lineage,
@@ -21,6 +20,7 @@ from suwen.lineage import (
     resolve_lineage,
     weights_fingerprint,
 )
+from suwen.readers import first_line
 
 
 @dataclass

@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from suwen.conversion.convert import conversion_command
+from suwen.readers import first_line
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STAGES = ("pt", "sft", "dpo", "orpo", "ppo")  # whose results answer; a reward model (rm) only scores
@@ -28,10 +29,6 @@ STAGES_BEFORE = {
     "orpo": ("sft", "pt"),
     "ppo": ("sft", "pt"),
 }
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def read_json(path: Path) -> dict[str, Any]:

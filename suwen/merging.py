@@ -47,7 +47,7 @@ from transformers import GenerationConfig
 
 from suwen import two_bit
 from suwen.adapters import MergePlan, check_output_dir, plan_merge
-from suwen.lineage import ADAPTER_WEIGHTS, adapter_shapes, file_sha256, first_line, read_json, weights_fingerprint
+from suwen.lineage import ADAPTER_WEIGHTS, adapter_shapes, file_sha256, read_json, weights_fingerprint
 from suwen.models import (
     PROBE_SENTENCES,
     config_of_lineage,
@@ -57,6 +57,7 @@ from suwen.models import (
     load_tokenizer,
     untie_if_needed,
 )
+from suwen.readers import first_line
 
 TOLERANCE = 0.01  # of the effect
 KERNEL_TOLERANCE = 0.25  # of the logits' spread

@@ -28,7 +28,6 @@ from suwen.head import add_reward_forward, add_scoring_head, init_reward_head
 from suwen.lineage import (
     adapter_base,
     adapter_shapes,
-    first_line,
     has_reward_head,
     is_adapter_dir,
     is_reward_model,
@@ -39,6 +38,7 @@ from suwen.lineage import (
 )
 from suwen.lora_targets import linear_names, lora_targets, trainable_token_indices
 from suwen.progress import say
+from suwen.readers import first_line
 
 PROBE_SENTENCES = (
     "高血压患者每天的食盐摄入量应控制在多少克以内？长期超量会对肾脏和血管造成哪些损害？",

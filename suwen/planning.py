@@ -16,7 +16,7 @@ import pyarrow.compute
 import torch
 
 from suwen.arguments import parse_rewards
-from suwen.lineage import find_start, first_line, is_adapter_dir, read_json
+from suwen.lineage import find_start, is_adapter_dir, read_json
 from suwen.memory import (
     PAIRED,
     SAFE_SHARE,
@@ -30,6 +30,7 @@ from suwen.memory import (
 )
 from suwen.models import load_config
 from suwen.packing import pack_best_fit
+from suwen.readers import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

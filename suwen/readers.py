@@ -352,7 +352,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
                     number += 1
                     yield f"{file}, row {number}", row
     except Exception as error:  # damaged pages: errors of Arrow, of the system, or of what stands in place of text
-        raise ValueError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
+        raise ValueError(f"{file}: not a readable parquet file ({first_line(error)[:200]})") from None
 
 
 def _read_excel(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
@@ -378,11 +378,12 @@ def _read_excel(file: Path) -> Iterator[tuple[str, Any] | Refusal]:
                     continue
                 yield where, {name: value for name, value in zip(header, values, strict=False) if name}
     except Exception as error:  # a damaged file raises whatever zlib, the XML parser or openpyxl come to first
-        raise ValueError(f"{file}: not a readable .xlsx workbook ({_first_line(error)})") from None
+        raise ValueError(f"{file}: not a readable .xlsx workbook ({first_line(error)[:200]})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+    """Of its message, or the name of its kind where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON

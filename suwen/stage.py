@@ -26,7 +26,6 @@ from suwen.lineage import (
     describe_lineage,
     file_sha256,
     find_start,
-    first_line,
     is_adapter_dir,
     read_json,
 )
@@ -43,6 +42,7 @@ from suwen.progress import (
     quiet_libraries,
     say,
 )
+from suwen.readers import first_line
 from suwen.records import (
     command_without_secrets,
     draw_curves,
