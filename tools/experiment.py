@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         show(args.output_dir, [f"seed-{seed}" for seed in range(args.seed, args.seed + args.seeds)], evaluations)
     final = experiment.folder / "merged"
     final = final if final.is_dir() else experiment.folder / evaluations[-1]
-    words = [sys.executable, "inference.py", "--base_model", str(final), "--interactive"]
+    words = [sys.executable, str(ROOT / "inference.py"), "--base_model", str(final), "--interactive"]
     if "retrieval" in args.stages:
         words += ["--knowledge_index", str(experiment.folder / "data" / "knowledge"), "--num_passages", "2"]
     print(f"\nDone in {time.monotonic() - began:.0f} s. Talk to it: {shlex.join(words)}")
