@@ -27,6 +27,17 @@ def row_texts(batch: dict[str, Any], tokenizer: Any) -> list[str]:
     return tokenizer.batch_decode([row.tolist() for row in rows])
 
 
+def require_finite_evaluation(loss: float, step: int) -> None:
+    """
+    Raises:
+        ValueError: the held-out loss is not a number; nothing is saved of such a model.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"step {step}: the held-out loss is {loss}; lower --learning_rate, or use --bf16 instead of --fp16"
+        )
+
+
 class NonFinite:
     """Looks at each optimiser step before it is taken, and stops the training or leaves the step out.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import warnings
@@ -32,19 +31,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Could not find a config file in")  # the base is a LoRA folder itself
     for name in ("transformers", "trl", "accelerate", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-class RefuseNonFinite(TrainerCallback):
-    """Stop when the loss is no longer a number, before a broken model is saved over a good one."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        for name, kind in (("loss", "training"), ("eval_loss", "held-out")):
-            loss = (logs or {}).get(name)
-            if loss is not None and not math.isfinite(float(loss)):
-                raise ValueError(
-                    f"step {state.global_step}: the {kind} loss is {loss}; lower --learning_rate, or use --bf16 "
-                    "instead of --fp16"
-                )
 
 
 # What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.

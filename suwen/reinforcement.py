@@ -22,6 +22,7 @@ from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer, describe_updates
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
+from suwen.resuming import about_run, finished_before, resume_from
 from suwen.saved_weights import require_equal, state_bytes
 
 if TYPE_CHECKING:
@@ -65,10 +66,8 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         write_lines(output / "held_out_answers.jsonl", trainer.last_evaluation)
         stage.finish(trainer, record, output, "evaluation.json")
         return record
-    checkpoint = stage.resume_from(args, record, output)
-    earlier = read_json(output / "run.json")
-    if args.run.resume == "auto" and earlier.get("finished") and earlier.get("identity") == record["identity"]:
-        say("this very run has finished already: nothing is trained again (--resume never starts anew)")
+    checkpoint = resume_from(args, record, output)
+    if earlier := finished_before(args, record, output):
         stage.finish(trainer, earlier, output)
         return earlier
     if main_process():
@@ -79,7 +78,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     limits = Limits(**{name.removeprefix("alarm_"): value for name, value in vars(given).items() if "alarm_" in name})
     trainer.accelerator.init_trackers(args.stage)
     seen, began = trainer.tokens_seen, trainer.step
-    about, signals = stage.about_run(record), StopSignals()
+    about, signals = about_run(record), StopSignals()
     trainer.on_nonfinite = args.run.on_nonfinite
     if trainer.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its gradient is seen; expected stop")

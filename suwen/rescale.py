@@ -30,7 +30,7 @@ def fit_processes(checkpoint: Path, recorded: dict[str, Any], current: dict[str,
     sequences at once: then the order of the data is the same too. Only the random numbers of dropout are others.
 
     Args:
-        recorded, current: see `suwen.stage.identity`.
+        recorded, current: see `suwen.resuming.identity`.
         engine: that of this run, see `engine_in_use`.
 
     Raises:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from suwen import attention, planning
 from suwen.arguments import StageArguments
-from suwen.checkpoint import checkpoint_step, find_checkpoint, identity_difference, read_manifest
+from suwen.checkpoint import checkpoint_step
 from suwen.data import changed_files
 from suwen.encoding import ChatEncoder
 from suwen.evaluate import Settings, evaluate_stage, parse_tasks
@@ -34,7 +34,6 @@ from suwen.models import compute_precision, load_config, positions_of, without_a
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (
-    RefuseNonFinite,
     StageLines,
     StageProgress,
     closing_lines,
@@ -52,7 +51,7 @@ from suwen.records import (
     without_secrets,
     write_json,
 )
-from suwen.rescale import engine_in_use, fit_processes
+from suwen.resuming import about_run, finished_before, identity, resume_from
 from suwen.serving import Served
 
 if TYPE_CHECKING:
@@ -76,20 +75,6 @@ COMMON = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 8,
 }
-# Arguments that do not change what is learned: a run may be resumed with other values.
-FREE_TO_CHANGE = {
-    "output_dir", "resume", "outputs", "do_train", "do_eval", "logging_steps", "logging_first_step", "save_steps",
-    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "report_to", "run_name", "num_proc",
-    "cache_dir", "logging_dir", "logging_nan_inf_filter",
-    "dataloader_num_workers", "disable_tqdm", "on_bad_rows", "max_eval_samples", "per_device_eval_batch_size",
-    "log_level", "held_out_reward", "generation_batch_size", "rollout_server", "alarm_kl", "alarm_entropy",
-    "alarm_length", "alarm_repetition", "alarm_truncation", "alarm_patience",
-}  # fmt: skip
-# The library's arguments, beside those in COMMON, that do.
-LEARNING = {
-    "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "bf16", "fp16", "neftune_noise_alpha", "data_seed", "train_sampling_strategy",
-}  # fmt: skip
 
 
 def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]:
@@ -263,27 +248,6 @@ def attention_name(args: StageArguments) -> str:
     return attention.register_shifted(group)
 
 
-def identity(
-    args: StageArguments, start: str, lineage: list[dict[str, str]], config: Any, data: PreparedData
-) -> dict[str, Any]:
-    """Everything that decides what a run learns: a checkpoint may only be resumed by the same."""
-    values: dict[str, Any] = {"start": start, "data": data.report.fingerprint, "world_size": config.world_size}
-    values["weights of the start"] = " + ".join(
-        (link.get("fingerprint") or link.get("sha256") or "")[:16] for link in lineage
-    )
-    for part in (args.model, args.data, args.lora, args.own):
-        values |= dataclasses.asdict(part) if part else {}
-    values |= {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in COMMON or f.name in LEARNING
-    }
-    values.pop("model_name_or_path")
-    return {
-        k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
-        for k, v in values.items()
-        if k not in FREE_TO_CHANGE
-    }
-
-
 def reference_key(args: StageArguments, start: str, config: Any, data: PreparedData) -> str:
     """What decides the log-probabilities of a start, cheap to know and safe: hashes of weights and data, precision."""
     values = identity(args, start, describe_lineage(start), config, data)
@@ -335,7 +299,6 @@ def run_stage(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(StageProgress() if not config.disable_tqdm else StageLines())
-    trainer.add_callback(RefuseNonFinite())
     record = describe_run(trainer, args, data, start, extra or {})
     say(
         *data.report.lines(),
@@ -349,9 +312,7 @@ def run_stage(
         finish(trainer, record, output, "evaluation.json")
         return record
     checkpoint = resume_from(args, record, output)
-    earlier = read_json(output / "run.json")
-    if args.run.resume == "auto" and earlier.get("finished") and earlier.get("identity") == record["identity"]:
-        say("this very run has finished already: nothing is trained again (--resume never starts anew)")
+    if earlier := finished_before(args, record, output):
         finish(trainer, earlier, output)
         return earlier
     if main_process():
@@ -482,13 +443,6 @@ def finish(trainer: Any, record: dict[str, Any], output: Path, file: str | None 
         torch.distributed.destroy_process_group()
 
 
-def about_run(record: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest of a checkpoint keeps of the run, so that another run is told from it."""
-    return {name: record[name] for name in ("stage", "versions", "world_size", "identity")} | {
-        "data": record["data"]["contents"]
-    }
-
-
 def changed_since(data: PreparedData) -> list[str]:
     """A line for each file that is no longer what this run has read; of the main process."""
     if not main_process():
@@ -497,53 +451,6 @@ def changed_since(data: PreparedData) -> list[str]:
         f"note: {path} has changed since this run read it; what it held then was trained"
         for path in changed_files(data.report.contents)
     ]
-
-
-def resume_from(args: StageArguments, record: dict[str, Any], output: Path) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; refuses one of a run that learned from something else."""
-    found: list[Any] = [None]
-    if main_process():
-        checkpoint, lines = find_checkpoint(output, args.run.resume)
-        say(*lines)
-        refuse_another_run(args, record, output, checkpoint)
-        found = [checkpoint]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def refuse_another_run(args: StageArguments, record: dict[str, Any], output: Path, checkpoint: Path | None) -> None:
-    """
-    Raises:
-        ValueError: the checkpoint, or the finished result in the folder, is of another run; not with --resume_force.
-    """
-    if args.run.resume == "never":
-        return
-    if checkpoint:
-        manifest = read_manifest(checkpoint)
-        recorded = fit_processes(checkpoint, manifest["identity"], record["identity"], engine_in_use())
-        contents = manifest["data"]
-        if (before := manifest["versions"]) != record["versions"]:
-            say(f"note: other versions than before: {identity_difference(before, record['versions'])}")
-    else:
-        earlier = read_json(output / "run.json")
-        if not earlier.get("finished") or not earlier.get("identity"):
-            return
-        recorded, contents = earlier["identity"], earlier["data"].get("contents", {})
-    difference = identity_difference(recorded, record["identity"])
-    if difference is None:
-        return
-    if recorded.get("data") != record["identity"]["data"]:
-        now = record["data"]["contents"]
-        other = sorted(path for path in contents.keys() | now.keys() if contents.get(path) != now.get(path))
-        difference += f"; files that differ: {', '.join(other) or 'none, they are read in another way'}"
-    if args.run.resume_force:
-        say(f"--resume_force: {checkpoint or output} is of another run ({difference})")
-        return
-    raise ValueError(
-        f"{checkpoint or output}: is of another run ({difference}); give another --output_dir, --resume never to "
-        "start anew, or --resume_force to go on all the same"
-    )
 
 
 def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:

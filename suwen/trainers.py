@@ -25,7 +25,7 @@ from suwen.interruption import StopSignals
 from suwen.lineage import read_json
 from suwen.models import without_adapter, without_dropout
 from suwen.neftune import EmbeddingNoise
-from suwen.nonfinite import NonFinite
+from suwen.nonfinite import NonFinite, require_finite_evaluation
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
@@ -219,6 +219,7 @@ class PackedTrainer(Trainer):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         values = torch.cat(self.evaluated).sum(0).tolist()
         found = self.metrics(dict(zip(self.evaluated_names, values, strict=True)))
+        require_finite_evaluation(found["loss"], self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

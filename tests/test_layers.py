@@ -18,6 +18,7 @@ LAYERS = [
     {"models", "data", "retrieval.index"},
     {"serving", "reward", "alarms"},
     {"evaluate", "api.server", "ppo"},
+    {"resuming"},
     {"stage"},
     {"reinforcement"},
 ]
