@@ -241,7 +241,7 @@ run_stage() {
         engine=$(sed -n 's/^distributed_type: *//p' "$config")
         if [ "$num_gpus" -eq 0 ]; then
             case $engine in
-                FSDP) fail "CONFIG=$CONFIG needs GPUs; on the CPU: ddp, zero1, zero2 or zero3" ;;
+                FSDP) fail "CONFIG=$CONFIG needs GPUs: accelerate (state.py) would quietly put DDP in its place; on the CPU: ddp, zero1, zero2 or zero3" ;;
                 # accelerate would quietly put DDP in DeepSpeed's place if it were told to use the CPU
                 DEEPSPEED) export DS_ACCELERATOR=cpu && set -- --ddp_backend gloo "$@" ;;
                 *) export ACCELERATE_USE_CPU=true ;;

@@ -26,8 +26,9 @@ def engine_of(checkpoint: Path) -> str:
 def fit_processes(checkpoint: Path, recorded: dict[str, Any], current: dict[str, Any], engine: str) -> dict[str, Any]:
     """What a checkpoint's run would have been with the processes of this one; it is then compared as usual.
 
-    Without an engine every process holds the whole state, so any number goes on, as long as together they take as many
-    sequences at once: then the order of the data is the same too. Only the random numbers of dropout are others.
+    Without an engine every process holds the whole state, and FSDP gathers it in a checkpoint or reshards its parts, so
+    any number goes on, as long as together they take as many sequences at once: then the order of the data is the same
+    too. Only the random numbers of dropout are others.
 
     Args:
         recorded, current: see `suwen.resuming.identity`.
@@ -45,9 +46,9 @@ def fit_processes(checkpoint: Path, recorded: dict[str, Any], current: dict[str,
     was, now = recorded.get("world_size"), current.get("world_size")
     if was is None or was == now:
         return recorded
-    if engine != "none":
+    if engine == "deepspeed":
         raise ValueError(
-            f"{checkpoint}: holds parts of {was} processes, which {ENGINES[engine]} cannot spread over {now}; go on "
+            f"{checkpoint}: holds parts of {was} processes, which DeepSpeed cannot spread over {now}; go on "
             f"with {was} processes (NUM_PROCESSES), or start anew from its model"
         )
     at_once = was * recorded["per_device_train_batch_size"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
@@ -24,14 +25,7 @@ ROOT = Path(__file__).parents[1]
 SAME = ["--optim", "sgd", "--learning_rate", "0.1", "--warmup_steps", "0", "--max_grad_norm", "0", "--packing", "False"]
 SAME += ["--train_sampling_strategy", "random", "--logging_steps", "1", "--eval_strategy", "no", "--use_peft", "False"]
 SAME += ["--gradient_accumulation_steps", "2", "--report_to", "none"]
-SAME += [
-    "--lora_rank",
-    "16",
-    "--lora_alpha",
-    "32",
-    "--lora_dropout",
-    "0.05",
-]  # of run_sft.sh: a run is known by them too
+SAME += "--lora_rank 16 --lora_alpha 32 --lora_dropout 0.05".split()  # of run_sft.sh: a run is known by them too
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +73,11 @@ def launch(base: Path, output: Path, config: str, *more: str) -> subprocess.Comp
     return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=400, cwd=base)
 
 
+def train_two(base: Path, output: Path, config: str, *more: str) -> str:
+    """The same two processes without the launcher; what the first of them says."""
+    return run_ranks("sft", words_for(base, output, "--per_device_train_batch_size", "2", *more), output, config)[0]
+
+
 def losses(output: Path) -> list[float]:
     state = max(output.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))
     return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
@@ -100,42 +99,67 @@ def alone(base, tmp_path_factory) -> Path:
     return output
 
 
+def require_same_run(output: Path, alone: Path, base: Path) -> None:
+    assert losses(output) == pytest.approx(losses(alone), rel=1e-4)
+    assert len(losses(alone)) == 3
+    assert apart(weights(alone), weights(output)) < 1e-3 * moved(alone, base)
+
+
+def moved(output: Path, base: Path) -> float:
+    """How far training has taken the weights."""
+    found = apart(weights(output), {name: value for name, value in weights(base).items() if name in weights(output)})
+    assert found > 1e-3
+    return found
+
+
 @pytest.mark.training
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
-def test_two_processes_of_every_engine_have_the_losses_and_weights_of_one(config, base, alone, tmp_path):
-    result = launch(base, tmp_path, config, "--max_steps", "3")
+def test_two_processes_of_the_launcher_have_the_losses_and_weights_of_one(base, alone, tmp_path):
+    result = launch(base, tmp_path, "ddp", "--max_steps", "3")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
-    assert len(losses(alone)) == 3
-    start = {name: value for name, value in weights(base).items() if name in weights(alone)}
-    moved = apart(weights(alone), start)
-    assert moved > 1e-3
-    assert apart(weights(alone), weights(tmp_path)) < 1e-3 * moved
+    require_same_run(tmp_path, alone, base)
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_two_processes_of_every_engine_have_the_losses_and_weights_of_one(config, base, alone, tmp_path):
+    train_two(base, tmp_path / "out", config, "--max_steps", "3")
+    require_same_run(tmp_path / "out", alone, base)
+    files = {path.name for path in (tmp_path / "out" / "checkpoint-3").iterdir()}
+    assert "global_step3" in files if config.startswith("zero") else "pytorch_model_fsdp.bin" in files
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["zero2", "fsdp2"])
+def test_a_resumed_run_of_two_processes_has_the_bits_of_an_uninterrupted_one(config, base, tmp_path):
+    flags = ["--max_steps", "3", "--save_steps", "2", "--optim", "adamw_torch", "--learning_rate", "1e-3"]
+    flags += ["--max_grad_norm", "1"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train_two(base, whole, config, *flags)
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    text = train_two(base, resumed, config, *flags)
+    assert "going on from" in text
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 3
+    assert apart(weights(resumed), weights(whole)) == 0
 
 
 @pytest.mark.training
 @pytest.mark.distributed
 def test_a_checkpoint_of_two_processes_goes_on_with_one_and_the_other_way_round(base, alone, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
-    result = launch(base, two, "ddp", "--max_steps", "3", "--save_steps", "2")
-    assert result.returncode == 0, result.stderr[-3000:]
-    # A process of its own: this one would keep the folder to itself
-    words = words_for(base, one, "--per_device_train_batch_size", "4", "--max_steps", "3", "--save_steps", "2")
-    subprocess.run([sys.executable, str(ROOT / "supervised_finetuning.py"), *words, "--do_train"], check=True)
-    for folder in (two, one):  # as if it had been stopped after its second step
-        for file in (folder / "run.json", folder / "model.safetensors"):
-            record = json.loads(file.read_text()) | {"finished": False} if file.suffix == ".json" else None
-            file.write_text(json.dumps(record)) if record else file.unlink()
-        shutil.rmtree(folder / "checkpoint-3")
-    train_alone(base, two, "--max_steps", "3", "--save_steps", "2")
-    result = launch(base, one, "ddp", "--max_steps", "3", "--save_steps", "2")
-    assert result.returncode == 0, result.stderr[-3000:]
-    moved = apart(weights(alone), {n: v for n, v in weights(base).items() if n in weights(alone)})
+    flags = ("--max_steps", "3", "--save_steps", "2")
+    train_two(base, tmp_path / "of_two", "ddp", *flags)
+    shutil.copytree(tmp_path / "of_two" / "checkpoint-2", two / "checkpoint-2")
+    train_alone(base, tmp_path / "of_one", *flags)
+    shutil.copytree(tmp_path / "of_one" / "checkpoint-2", one / "checkpoint-2")
+    train_alone(base, two, *flags)
+    train_two(base, one, "ddp", *flags)
     for folder in (two, one):
         record = json.loads((folder / "run.json").read_text())
         assert record["training"]["resumed_from"].endswith("checkpoint-2")
-        assert apart(weights(folder), weights(alone)) < 1e-3 * moved
+        assert apart(weights(folder), weights(alone)) < 1e-3 * moved(alone, base)
 
 
 def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
@@ -154,6 +178,9 @@ def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
         ValueError, match="2 processes took 8 sequences at once, 3 would take 12; go on with 2 processes"
     ):
         fit_processes(whole, two, two | {"world_size": 3}, "none")
+    fsdp = tmp_path / "checkpoint-3"
+    fsdp.mkdir()
+    (fsdp / "pytorch_model_fsdp.bin").touch()
     parts = tmp_path / "checkpoint-2"
     (parts / "global_step2").mkdir(parents=True)
     assert engine_of(parts) == "deepspeed"
@@ -162,6 +189,7 @@ def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
         ValueError, match="holds parts of 2 processes, which DeepSpeed cannot spread over 1; go on with 2"
     ):
         fit_processes(parts, two, one, "deepspeed")
+    assert fit_processes(fsdp, two, one, "fsdp") == one
     with pytest.raises(ValueError, match="written by DeepSpeed, this run uses no engine .*same CONFIG"):
         fit_processes(parts, two, one, "none")
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from processes import SCRIPTS, Started, run
 from tiny import tiny_model, tiny_tokenizer
 
 from template import TEMPLATES
 
-SCRIPTS = {
-    "pt": "pretraining", "sft": "supervised_finetuning", "dpo": "dpo_training", "orpo": "orpo_training",
-    "rm": "reward_modeling", "ppo": "ppo_training",
-}  # fmt: skip
+__all__ = ["SCRIPTS", "Started", "build_base", "history", "run", "weights_sha256", "words", "write_rows"]
+
 SYMPTOMS = ("高血压", "糖尿病", "发热", "咳嗽", "头痛", "失眠")
 TIMES = ("seconds", "runtime", "per_second", "num_input_tokens_seen", "total_flos")  # what no two runs have alike
 
@@ -60,10 +54,6 @@ def words(stage: str, base: str, data: str, output: Path, *more: str) -> list[st
     return [*found.split(), *more]
 
 
-def run(stage: str, command: list[str]) -> None:
-    importlib.import_module(SCRIPTS[stage]).main(command)
-
-
 def weights_sha256(output: Path) -> str:
     [file] = output.glob("*model.safetensors")
     return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -74,48 +64,3 @@ def history(checkpoint: Path) -> list[dict[str, Any]]:
     entries = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert all(math.isfinite(entry.get("loss", 0.0)) for entry in entries)
     return [{k: v for k, v in entry.items() if not any(time in k for time in TIMES)} for entry in entries]
-
-
-# Processes
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["suwen.stage", "suwen.trainers", "suwen.models", "suwen.data", "suwen.rows", "suwen.embedded", "torch._dynamo"]
-)
-
-
-def _in_child(stage: str, command: list[str], log: Path, before: Callable[[Path], None] | None, output: Path) -> None:
-    from suwen.arguments import run as run_main
-
-    os.setsid()
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    if before is not None:
-        before(output)
-    run_main(lambda: run(stage, command))
-
-
-class Started:
-    """A stage in a process of its own, as its script runs it; libraries are loaded already."""
-
-    def __init__(
-        self, stage: str, command: list[str], output: Path, before: Callable[[Path], None] | None = None
-    ) -> None:
-        """`before` is called in the process before the stage."""
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.log = output.with_name(f"{output.name}.log")
-        self.process = _context.Process(target=_in_child, args=(stage, command, self.log, before, output))
-        self.process.start()
-
-    def wait(self, timeout: float = 120.0) -> int:
-        """Exit code; minus the signal where one has ended it."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise AssertionError(f"hangs: {self.text()[-2000:]}")
-        return self.process.exitcode
-
-    def text(self) -> str:
-        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
