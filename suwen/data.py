@@ -6,7 +6,6 @@ hash of its prompt, from which the choice of rows and the split follow; the seco
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows,
 from suwen.parallel import BATCH_ROWS, OF_SOME_PAIRS, ArrowFile, Encode, available_cores, build_batches, encode_all
 from suwen.questions import OPTION_KEYS, prompt_rows
 from suwen.readers import Encoding, Refusal, Source, parse_sources
-from suwen.sampling import choose_rows, prompt_hash, thin
+from suwen.sampling import choose_rows, count_among, keep_on_disk, prompt_hash, thin
 from suwen.tables import width
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMAS", "PreparedData", "Report", "load_rows", "prepare_data"]
 
-CODE_VERSION = 2  # part of the cache key: raise it when the same files would give other rows
+CODE_VERSION = 3  # part of the cache key: raise it when the same files would give other rows
 CACHE_DIR = Path(__file__).resolve().parent.parent / ".cache" / "suwen"
 
 
@@ -398,17 +397,21 @@ def _build(
 
         def survey(sources: list[Source], part: str = "") -> tuple[np.ndarray, list[int]]:
             """Check all rows; the hash of each prompt, and the number of rows of each source."""
-            prompts, counts = array.array("Q"), []
-            for source in sources:
-                before = len(prompts)
-                rows = _read_files(
-                    source.files, schema, data.columns, data.on_bad_rows, rejected, report, encodings, part
-                )
-                prompts.extend(map(prompt_hash, tqdm(rows, "reading", unit=" rows", disable=None, leave=False)))
-                counts.append(len(prompts) - before)
-                if source.ignored:
-                    report.notes.append(f"{source.path}: {_names(source.ignored)} passed over, not of a known kind")
-            return np.frombuffer(prompts, dtype=np.uint64), counts
+            counts: list[int] = []
+
+            def hashes() -> Iterator[int]:
+                for source in sources:
+                    rows = _read_files(
+                        source.files, schema, data.columns, data.on_bad_rows, rejected, report, encodings, part
+                    )
+                    counts.append(0)
+                    for row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
+                        counts[-1] += 1
+                        yield prompt_hash(row)
+                    if source.ignored:
+                        report.notes.append(f"{source.path}: {_names(source.ignored)} passed over, not of a known kind")
+
+            return keep_on_disk(hashes(), folder), counts
 
         prompts, source_rows = survey(train_sources)
         validation_prompts, validation_rows = survey(validation_sources, " (validation)")
@@ -430,7 +433,7 @@ def _build(
         if data.max_eval_samples:
             random = np.random.default_rng(data.data_seed)
             thin(chosen, data.max_eval_samples, random, report.rows_left_out, "--max_eval_samples")
-        seen = int(np.isin(validation_prompts[chosen], prompts[times > 0]).sum())
+        seen = count_among(validation_prompts, chosen, prompts, times > 0)
         report.validation_rows_seen_in_training = seen
         if _same_files(train_sources, validation_sources):
             report.notes.append("the validation files are training files: the validation loss will look too good")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 BATCH_ROWS = 128
 BATCH_CHARACTERS = 1 << 18
+WRITTEN_BYTES = 1 << 22
 OF_SOME_PAIRS = {"margin": pa.float64(), "fault": pa.string()}  # columns that all batches have; dropped if empty
 
 Row = dict[str, Any]
@@ -84,24 +85,33 @@ def _count_tokens(rows: list[Row]) -> tuple[int, int]:
 
 
 class ArrowFile:
-    """An Arrow stream on disk, appended batch by batch."""
+    """An Arrow stream on disk, appended batch by batch; a few of them together, as a reader keeps a note of each."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.counts, self.digest = path, [0, 0, 0], hashlib.sha256()
         self.writer: Any = None
         self.schema: pa.Schema | None = None
+        self.waiting: list[pa.Table] = []
 
     def append(self, stream: bytes, counts: list[int]) -> None:
         table = pa.ipc.open_stream(stream).read_all()
         if self.writer is None:
             self.schema, self.writer = table.schema, pa.ipc.new_stream(str(self.path), table.schema)
         assert table.schema == self.schema, "the encoder's rows have changing columns"
-        self.writer.write_table(table)
+        self.waiting.append(table)
+        if sum(part.nbytes for part in self.waiting) >= WRITTEN_BYTES:
+            self._write()
         self.digest.update(stream)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
+    def _write(self) -> None:
+        self.writer.write_table(pa.concat_tables(self.waiting).combine_chunks())
+        self.waiting = []
+
     def close(self) -> None:
         if self.writer is not None:
+            if self.waiting:
+                self._write()
             self.writer.close()
 
 

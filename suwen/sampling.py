@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
+import itertools
+import tempfile
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,16 @@ def prompt_hash(row: dict[str, Any]) -> int:
         text = next(message["content"] for message in row["messages"] if message["role"] == "user")
     normal = "".join(unicodedata.normalize("NFKC", text).casefold().split())
     return int.from_bytes(hashlib.blake2b(normal.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def keep_on_disk(numbers: Iterable[int], folder: Path) -> np.ndarray:
+    """(N,) uint64 of these numbers in a file without a name, of which no more is in memory than is looked at."""
+    waiting = iter(numbers)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        while block := array.array("Q", itertools.islice(waiting, BLOCK_ROWS)):
+            block.tofile(file)
+        file.flush()
+        return np.memmap(file, dtype=np.uint64, mode="r") if file.tell() else np.zeros(0, dtype=np.uint64)
 
 
 def choose_rows(
@@ -52,14 +67,15 @@ def choose_rows(
         if weight < 1:
             extra = min(max(extra, 1), rows)  # a source that was named is never left out as a whole
             left_out["weight below 1"] += rows - extra
-        times[start + random.permutation(rows)[:extra]] += 1
+        if extra:
+            times[start + random.permutation(rows)[:extra]] += 1
         start += rows
     held: np.ndarray = np.zeros(len(prompts), dtype=bool)
     if fraction:
         chosen = times > 0
         target = max(1, round(fraction * int(chosen.sum())))
         target = min(target, max_eval_samples or target)
-        held[chosen] = hold_out(prompts[chosen], target, seed)
+        held = hold_out(prompts, chosen, target, seed)
         times[is_among(prompts, np.unique(prompts[held]))] = 0
         if max_eval_samples:
             thin(held, max_eval_samples, random, left_out, "--max_eval_samples")
@@ -70,28 +86,51 @@ def choose_rows(
     return times, held
 
 
-def hold_out(prompts: np.ndarray, target: int, seed: int) -> np.ndarray:
-    """Mark about `target` rows, whole prompts together, in the order of a seeded hash of the prompts.
+def hold_out(prompts: np.ndarray, chosen: np.ndarray, target: int, seed: int) -> np.ndarray:
+    """Mark about `target` of the chosen rows, whole prompts together, in the order of a seeded hash of the prompts.
 
-    The order of a prompt does not depend on the other rows, so that adding data moves few rows across the split.
+    The order of a prompt does not depend on the other rows, so that adding data moves few rows across the split. Only
+    the beginning of that order is in memory: twice as many rows as are held out, more where prompts are passed over.
     """
-    ordered = mix(prompts, seed)
-    ordered.sort()
-    if not len(ordered) or ordered[0] == ordered[-1]:
-        return np.zeros(len(prompts), dtype=bool)
-    chosen: list[Any] = []
+    nothing: np.ndarray = np.zeros(len(prompts), dtype=bool)
+    ends = [(block.min(), block.max()) for block in _mixed(prompts, chosen, seed)]
+    if not ends or min(ends)[0] == (last := max(high for _, high in ends)):
+        return nothing
+    share = 2 * target / int(chosen.sum())
+    found: list[Any] = []
+    while not found:
+        bound = np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
+        everything = share >= 1
+        beginning = [block if everything else block[block < bound] for block in _mixed(prompts, chosen, seed)]
+        ordered: np.ndarray = np.sort(np.concatenate(beginning))
+        found, enough = _first_prompts(ordered, target, last)
+        if everything:
+            break
+        found, share = found if enough else [], 4 * share
+    if found:
+        return is_among(prompts, np.array(found, dtype=np.uint64), seed) & chosen
+    unique, counts = np.unique(prompts[chosen], return_counts=True)
+    return is_among(prompts, unique[[np.argmin(counts)]]) & chosen
+
+
+def _mixed(prompts: np.ndarray, chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(prompts), BLOCK_ROWS):
+        block = prompts[start : start + BLOCK_ROWS][chosen[start : start + BLOCK_ROWS]]
+        if len(block):
+            yield mix(block, seed)
+
+
+def _first_prompts(ordered: np.ndarray, target: int, last: Any) -> tuple[list[Any], bool]:
+    """The first of these ascending hashes whose rows are about `target` together, and whether they were enough."""
+    found: list[Any] = []
     held = start = 0
-    while held < target and ordered[start] != ordered[-1]:  # one prompt at least is for training
+    while held < target and start < len(ordered) and ordered[start] != last:  # one prompt at least is for training
         end = int(np.searchsorted(ordered, ordered[start], side="right"))
         if end - start <= max(1, 2 * (target - held)):  # a prompt of very many rows stays in training
-            chosen.append(ordered[start])
+            found.append(ordered[start])
             held += end - start
         start = end
-    if not held:
-        unique, counts = np.unique(prompts, return_counts=True)
-        return prompts == unique[np.argmin(counts)]
-    del ordered
-    return is_among(prompts, np.array(chosen, dtype=np.uint64), seed)
+    return found, held >= target
 
 
 def mix(prompts: np.ndarray, seed: int) -> np.ndarray:
@@ -120,6 +159,18 @@ def is_among(prompts: np.ndarray, values: np.ndarray, seed: int | None = None) -
         places = np.minimum(np.searchsorted(values, block), len(values) - 1)
         found[start : start + BLOCK_ROWS] = values[places] == block
     return found
+
+
+def count_among(prompts: np.ndarray, chosen: np.ndarray, others: np.ndarray, used: np.ndarray) -> int:
+    """How many of the chosen prompts are among those of the others that are used; the chosen ones are in memory."""
+    asked = prompts[chosen]
+    values, counts = np.unique(asked, return_counts=True)
+    seen: np.ndarray = np.zeros(len(values), dtype=bool)
+    for start in range(0, len(others) if len(values) else 0, BLOCK_ROWS):
+        block = others[start : start + BLOCK_ROWS][used[start : start + BLOCK_ROWS]]
+        places = np.minimum(np.searchsorted(values, block), len(values) - 1)
+        seen[places[values[places] == block]] = True
+    return int(counts[seen].sum())
 
 
 def thin(mask: np.ndarray, limit: int, random: np.random.Generator, left_out: Counter[str], reason: str) -> None:

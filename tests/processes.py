@@ -119,7 +119,9 @@ def _variables(config: str, count: int) -> dict[str, str]:
     words = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(count), "--num_machines", "1"]
     if (engine := CONFIGS / f"{config}.json").is_file():
         words += ["--deepspeed_config_file", str(engine)]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "none.py"]))
+    args, file, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "none.py"]))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(file.deepspeed_config)
     found = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
