@@ -92,10 +92,9 @@ def hold_out(prompts: np.ndarray, chosen: np.ndarray, target: int, seed: int) ->
     The order of a prompt does not depend on the other rows, so that adding data moves few rows across the split. Only
     the beginning of that order is in memory: twice as many rows as are held out, more where prompts are passed over.
     """
-    nothing: np.ndarray = np.zeros(len(prompts), dtype=bool)
     ends = [(block.min(), block.max()) for block in _mixed(prompts, chosen, seed)]
     if not ends or min(ends)[0] == (last := max(high for _, high in ends)):
-        return nothing
+        return np.zeros(len(prompts), dtype=bool)
     share = 2 * target / int(chosen.sum())
     found: list[Any] = []
     while not found:
@@ -108,9 +107,12 @@ def hold_out(prompts: np.ndarray, chosen: np.ndarray, target: int, seed: int) ->
             break
         found, share = found if enough else [], 4 * share
     if found:
-        return is_among(prompts, np.array(found, dtype=np.uint64), seed) & chosen
-    unique, counts = np.unique(prompts[chosen], return_counts=True)
-    return is_among(prompts, unique[[np.argmin(counts)]]) & chosen
+        held = is_among(prompts, np.array(found, dtype=np.uint64), seed)
+    else:
+        unique, counts = np.unique(prompts[chosen], return_counts=True)
+        held = is_among(prompts, unique[[np.argmin(counts)]])
+    held &= chosen
+    return held
 
 
 def _mixed(prompts: np.ndarray, chosen: np.ndarray, seed: int) -> Iterator[np.ndarray]:

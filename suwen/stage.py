@@ -77,9 +77,21 @@ COMMON = {
 }
 
 
+# The library's ways around whole checkpoints.
+UNSAFE = {
+    "save_only_model": "nothing could go on from such a checkpoint; the weights in one of ours are read like any model",
+    "enable_jit_checkpoint": "SIGTERM saves a whole checkpoint already, and the library's would not be verified",
+    "save_on_each_node": "a checkpoint is one folder, on a disk that all machines see",
+    "auto_find_batch_size": "repeats rows that were trained already; give --per_device_train_batch_size auto",
+}
+
+
 def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]:
     """What is settled before anything heavy: the model to start from, the precision, and the tokens in a row."""
     quiet_libraries()
+    for name, why in UNSAFE.items():
+        if library.get(name):
+            raise ValueError(f"--{name}: {why}; leave it out")
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
     if args.run.eval_tasks:

@@ -19,7 +19,16 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["suwen.stage", "suwen.trainers", "suwen.models", "suwen.data", "suwen.rows", "suwen.embedded", "torch._dynamo"]
+    [
+        "suwen.stage",
+        "suwen.reinforcement",
+        "suwen.trainers",
+        "suwen.models",
+        "suwen.data",
+        "suwen.rows",
+        "suwen.embedded",
+        "torch._dynamo",
+    ]
 )
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from suwen import data as data_module
-from suwen import parallel
+from suwen import parallel, sampling
 from suwen.data import Report, prepare_data
-from suwen.sampling import choose_rows, prompt_hash
+from suwen.sampling import choose_rows, count_among, keep_on_disk, prompt_hash
 
 
 class Characters:
@@ -170,6 +171,48 @@ def test_held_out_rows_are_not_repeated_by_weights():
     prompts = np.arange(40, dtype=np.uint64)
     times, held = choose_rows(prompts, [40], [3.0], None, 0.1, None, 1, Counter())
     assert held.sum() == 4 and set(times[held]) == {0} and set(times[~held]) == {3}
+
+
+def test_the_split_is_the_beginning_of_the_sorted_order_however_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "BLOCK_ROWS", 64)
+    random = np.random.default_rng(5)
+    for kinds in (900, 200, 20):
+        prompts = keep_on_disk(random.integers(0, kinds, 900, dtype=np.uint64).tolist(), tmp_path)
+        held = choose_rows(prompts, [900], [1.0], None, 0.1, None, 7, Counter())[1]
+        expected: list[int] = []
+        for value in sorted(set(prompts.tolist()), key=lambda value: sampling.mix(np.array([value], np.uint64), 7)[0]):
+            rows = np.flatnonzero(prompts == value).tolist()
+            if len(expected) < 90 and len(rows) <= max(1, 2 * (90 - len(expected))):
+                expected += rows
+        assert np.flatnonzero(held).tolist() == sorted(expected)
+        assert count_among(prompts, held, prompts, ~held) == 0
+        assert count_among(prompts, held, prompts, held) == held.sum()
+    assert keep_on_disk([], tmp_path).tolist() == [] and not list(tmp_path.iterdir())
+
+
+def test_choosing_rows_takes_some_bytes_for_each_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(sampling, "BLOCK_ROWS", 1 << 14)
+
+    def peak(count: int) -> int:
+        prompts = np.random.default_rng(0).integers(0, 2**63, count, dtype=np.uint64)
+        tracemalloc.start()
+        choose_rows(prompts, [count], [1.0], None, 0.01, None, 42, Counter())
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    rows = 1 << 18
+    assert (peak(2 * rows) - peak(rows)) / rows < 12  # sorting all of them took 33
+
+
+def test_batches_are_written_together_and_hold_the_same_rows(prepare, tmp_path, monkeypatch):
+    source = write_texts(tmp_path / "a.txt", [f"第{i}句。" for i in range(300)])
+    monkeypatch.setattr(parallel, "WRITTEN_BYTES", 1)
+    apart = prepare("text", source, cache_dir=str(tmp_path / "apart"))
+    monkeypatch.undo()
+    together = prepare("text", source, cache_dir=str(tmp_path / "together"))
+    assert apart.train.to_list() == together.train.to_list() and apart.report.fingerprint == together.report.fingerprint
+    assert apart.train.data.column(0).num_chunks > together.train.data.column(0).num_chunks == 1
 
 
 def test_one_prompt_only_gives_no_validation_and_a_note(prepare, tmp_path):

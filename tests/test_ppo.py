@@ -1,9 +1,6 @@
 """The trainer of PPO, RLOO and GRPO on a tiny model: what an update is, resuming, processes, memory, alarms."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +30,6 @@ from suwen.statistics import compare_correct
 from template import TEMPLATES
 
 pytestmark = pytest.mark.training
-ROOT = Path(__file__).parents[1]
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
 
 
@@ -394,19 +391,6 @@ def test_a_reward_model_of_another_tokenizer_scores_answers_and_starts_the_criti
         torch.testing.assert_close(rollout.values[place, : len(answer)], states @ model.head, atol=1e-5, rtol=0)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-
-
-def distributed(words: list[str], *launcher: str) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *launcher] if launcher else start
-    result = subprocess.run(
-        [*start, str(ROOT / "ppo_training.py"), *words], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-
-
 def assert_same_history(one: list[dict], two: list[dict]) -> None:
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
@@ -420,7 +404,7 @@ def test_two_processes_are_one(algorithm, base, tmp_path):
     run_ppo(base, tmp_path / "one", *extra)
     two = tmp_path / "two"
     two.mkdir()
-    distributed([*arguments(base, two, *extra), "--per_device_train_batch_size", "1"])
+    run_ranks("ppo", [*arguments(base, two, *extra), "--per_device_train_batch_size", "1"], two / "ppo", "ddp")
     assert_same_history(history_of(tmp_path / "one", 4), history_of(two, 4))
     start = load_file(Path(base) / "model.safetensors")
     one, other = weights_of(tmp_path / "one"), weights_of(two)
@@ -439,9 +423,7 @@ def test_partitioned_processes_are_one(stage, extra, base, tmp_path):
     two = tmp_path / "two"
     two.mkdir()
     words = [word for word in arguments(base, two, *extra) if word != "--use_cpu"]
-    launcher = ["--config_file", str(ROOT / f"configs/zero{stage}.yaml"), "--num_processes", "2"]
-    launcher += ["--deepspeed_config_file", str(ROOT / f"configs/zero{stage}.json")]
-    distributed([*words, "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"], *launcher)
+    run_ranks("ppo", [*words, "--per_device_train_batch_size", "1"], two / "ppo", f"zero{stage}")
     assert_same_history(history_of(tmp_path / "one", 4), history_of(two, 4))
 
 

@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -233,25 +232,6 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(base, tmp_path):
-    words = arguments("sft", base, tmp_path, "--max_steps", "60", "--save_steps", "5", "--logging_steps", "1")
-    process = subprocess.Popen(
-        command("sft", *words), env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "sft" / "checkpoint-10" / "trainer_state.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    result = subprocess.run(command("sft", *words), env=environment(tmp_path), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "going on from" in result.stdout
-    record = json.loads((tmp_path / "sft" / "run.json").read_text(encoding="utf-8"))
-    resumed = int(record["training"]["resumed_from"].rsplit("-", 1)[1])
-    assert resumed >= 5 and record["training"]["steps"] == 60
-
-
 def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
     run_stage("sft", base, tmp_path, "--max_steps", "2")
     with pytest.raises(ValueError, match="another run \\(learning_rate was .* is 0.5.*--resume never"):
@@ -361,6 +341,8 @@ def test_stretched_positions_follow_an_adapter_through_the_stages(base, tmp_path
         (["--do_train", "False", "--do_eval", "False"], "leaves nothing to do"),
         (["--output_dir", f"{__file__}/out"], "--output_dir .*cannot be written to"),
         (["--validation_split_percentage", "five"], "found five, expected a number"),
+        (["--save_only_model"], "--save_only_model: nothing could go on from such a checkpoint"),
+        (["--enable_jit_checkpoint"], "--enable_jit_checkpoint: SIGTERM saves a whole checkpoint already"),
     ],
 )
 def test_a_mistake_gets_one_line(words, expected, base, tmp_path):
@@ -376,40 +358,17 @@ def test_a_mistake_ends_with_code_2_and_no_traceback(base, tmp_path):
     assert "Traceback" not in result.stderr and "nonesuch" in result.stderr.strip().splitlines()[-1]
 
 
-def distributed(stage: str, words: list[str], folder: Path, *launcher: str) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *launcher] if launcher else start
-    result = subprocess.run(
-        [*start, str(ROOT / SCRIPTS[stage].__file__), *words],
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["sft", "dpo", "rm"])
 def test_two_processes_take_the_steps_of_one(stage, base, tmp_path):
     # Two steps use 16 of the 19 training rows: an uneven last batch would be filled up differently.
-    same = [
-        "--max_steps",
-        "2",
-        "--learning_rate",
-        "1e-3",
-        "--warmup_steps",
-        "0",
-        "--optim",
-        "sgd",
-        "--max_grad_norm",
-        "0",
-    ]
+    same = "--max_steps 2 --learning_rate 1e-3 --warmup_steps 0 --optim sgd --max_grad_norm 0".split()
     same += ["--packing", "False", "--train_sampling_strategy", "random"] if stage == "sft" else []
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     run_stage(stage, base, one, *same, "--per_device_train_batch_size", "4")
-    distributed(stage, arguments(stage, base, two, *same, "--per_device_train_batch_size", "2"), two)
+    words = arguments(stage, base, two, *same, "--per_device_train_batch_size", "2")
+    run_ranks(stage, words, two / stage, "ddp")
     start = load_file(Path(base) / "model.safetensors")
     first, second = (load_file(folder / stage / "model.safetensors") for folder in (one, two))
     moved = max((first[key] - start[key]).abs().max().item() for key in first.keys() & start.keys())

@@ -81,6 +81,17 @@ def test_where_every_step_is_no_number_nothing_moves_and_the_run_ends(poisoned, 
     assert all(torch.equal(tensor, last[name]) for name, tensor in first.items())
 
 
+def test_a_held_out_loss_that_is_no_number_stops_the_run_before_its_checkpoint(poisoned, tmp_path, ledger):
+    ledger.inject("held-out loss is NaN")
+    output, held = tmp_path / "out", tmp_path / "held"
+    held.mkdir()
+    flags = [*LORA, "--validation_file_dir", rows_with(held, {3}), "--eval_strategy", "steps", "--eval_steps", "2"]
+    with pytest.raises(ValueError, match="step 2: the held-out loss is nan; lower --learning_rate"):
+        trials.run("sft", trials.words("sft", poisoned, rows_with(tmp_path, set()), output, *flags))
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-1"]
+    ledger.add("held-out loss is NaN", lost_steps=1)
+
+
 TINY = LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 SETTING = Setting(precision="fp32", gradient_checkpointing=False, batch=4, device="cpu")
 OUTLOOK = Outlook(shape_of(TINY), SETTING, 1e9, "of main memory")
