@@ -19,16 +19,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    [
-        "suwen.stage",
-        "suwen.reinforcement",
-        "suwen.trainers",
-        "suwen.models",
-        "suwen.data",
-        "suwen.rows",
-        "suwen.embedded",
-        "torch._dynamo",
-    ]
+    "suwen.stage suwen.reinforcement suwen.trainers suwen.models suwen.data suwen.rows suwen.embedded".split()
+    + ["torch._dynamo"]
 )
 
 
@@ -108,7 +100,7 @@ def run_ranks(
         Started(stage, command, output, _admit_fsdp, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400  # DeepSpeed compiles its part for the CPU the first time
     while any(rank.process.is_alive() for rank in ranks) and not any(rank.process.exitcode for rank in ranks):
         if time.monotonic() > deadline:
             break
