@@ -194,7 +194,7 @@ def chat_tab(page: Page, model: Any, controls: list[Any], use_sources: Any) -> N
     with gr.Row(elem_id="below"):
         with gr.Column(min_width=280), gr.Accordion(t("examples"), open=True, elem_id="examples"), gr.Tabs():
             for department in json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))["departments"]:
-                with gr.Tab(department["name"]):
+                with gr.Tab(t(department["department"])):
                     gr.Examples([[question] for question in department["questions"]], [conversation.textbox])
         with gr.Column(min_width=280), gr.Accordion(t("sources"), open=True, elem_id="sources-panel"):
             sources.render()
