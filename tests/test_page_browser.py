@@ -222,7 +222,9 @@ def test_a_dropped_file_is_a_knowledge_base_of_its_session_alone(open_page, tmp_
 def test_pdf_and_word_files_answer_with_their_pages_until_they_are_taken_away(open_page, tmp_path):
     page = open_page()
     pages = ["华法林钠片说明书", "注意事项\n服药期间避免大量食用菠菜。"]
-    guide = write_docx(tmp_path / "用药指导.docx", ("用药指导", "Heading1"), "地高辛中毒的早期表现是恶心和黄视。")
+    guide = write_docx(
+        tmp_path / "用药指导.docx", [("Heading 1", "用药指导"), ("Normal", "地高辛中毒的早期表现是恶心和黄视。")]
+    )
     page.locator("#files input[type=file]").set_input_files([write_pdf(tmp_path / "华法林.pdf", pages), guide])
     expect(page.locator("#files-note")).to_contain_text("2 个文件", timeout=WAIT)
     ask(page, "华法林服药期间避免吃菠菜吗？")
