@@ -5,8 +5,8 @@
 
 Compared with what a user would write: a loop of `model.generate` over the questions, and one client that waits for each
 answer. Both take turns, question for question, so that other load on the machine meets both. Each ratio is given of the
-time on the clock and, on the CPU, of processor time, which a busy machine hardly changes. --random_width W measures on a
-random Qwen2 of that width, 12 layers and the embedded model's tokenizer (W 640: 74 million parameters).
+time on the clock and, on the CPU, of processor time, which a busy machine hardly changes. --random_width W measures a
+random Qwen2 of that width with 12 layers and the embedded model's tokenizer (W 640: 74 million parameters).
 """
 
 from __future__ import annotations
