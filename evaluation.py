@@ -146,9 +146,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # Evaluation: records, scores, report
     if knowledge is not None:
-        found = evaluate_retrieval(knowledge, questions, ask, args.max_new_tokens or ANSWER_TOKENS, Path(folder))
+        longest = args.max_new_tokens or ANSWER_TOKENS
+        found = evaluate_retrieval(
+            knowledge, questions, ask, longest, Path(folder), {"model": identity}, args.system_prompt
+        )
         print(format_retrieval(found))
-        print(f"written to {folder}: retrieval.json, retrieval_records.jsonl")
+        print(f"written to {folder}: retrieval.json, retrieval_records.jsonl, answers/")
         return
     results = evaluate.evaluate(tasks, files, Path(folder), settings, identity, served, ask, read)
     print(format_results(results))

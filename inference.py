@@ -214,7 +214,7 @@ class Chat:
                     print("\n[回答] ", end="")
                 parts[kind] += text
                 print(text, end="", flush=True)
-            print()
+            print("" if parts["content"] else "(the model gave no answer)")
         except KeyboardInterrupt:
             print(" (stopped)")
         except EndpointError as error:

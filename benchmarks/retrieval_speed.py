@@ -100,20 +100,22 @@ def main(argv: list[str] | None = None) -> None:
             builder.add(block)
         bm25.save(data, *builder.finish())
         knowledge = KnowledgeBase(str(folder / "index"))
-        times = []
+        times, processor = [], []
         for _ in range(args.questions):
             passage = store[draw.randrange(len(store))]
             words = [passage.text[at : at + 12] for at in draw.choices(range(max(1, len(passage.text) - 12)), k=2)]
             question = f"{passage.title}{'，'.join(words)}有哪些？"
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             numbers_, weights = knowledge.bm25.question_terms(question)
             rows, _ = knowledge.bm25.search(numbers_, 50)
             knowledge.bm25.coverage(numbers_, weights, rows[:4])
             times.append(1000 * (time.perf_counter() - started))
+            processor.append(1000 * (time.process_time() - cpu))
         times.sort()
         print(
             f"search at {args.passages} passages: median {statistics.median(times):.1f} ms, "
-            f"95 % below {times[int(0.95 * len(times))]:.1f} ms"
+            f"95 % below {times[int(0.95 * len(times))]:.1f} ms; "
+            f"median of processor time {statistics.median(processor):.1f} ms"
         )
 
 

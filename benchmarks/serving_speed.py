@@ -1,20 +1,26 @@
 """Throughput of answering: batches against one by one, and eight clients of the API against one.
 
-    python benchmarks/serving_speed.py
+    OMP_NUM_THREADS=1 python benchmarks/serving_speed.py --use_cpu --max_new_tokens 64
     python benchmarks/serving_speed.py --base_model Qwen/Qwen3-0.6B --questions 32 --max_new_tokens 64
 
-Each ratio compares tokens a second of the same questions on the same machine. What would be compared with is what a
-user would write: a loop of `model.generate` over the questions, and one client that waits for each answer.
+Compared with what a user would write: a loop of `model.generate` over the questions, and one client that waits for each
+answer. Both take turns, question for question, so that other load on the machine meets both. Each ratio is given of the
+time on the clock and, on the CPU, of processor time, which a busy machine hardly changes. --random_width W measures a
+random Qwen2 of that width with 12 layers and the embedded model's tokenizer (W 640: 74 million parameters).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +46,56 @@ def sample_questions(count: int) -> list[list[dict]]:
     return [prompt.messages for prompt in (prompts * (count // max(len(prompts), 1) + 1))[:count]]
 
 
+def build_random_model(folder: str, width: int) -> str:
+    """A model of random weights, large enough that its own arithmetic counts; returns the folder."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from suwen.embedded import build_embedded_model
+
+    tokenizer = AutoTokenizer.from_pretrained(build_embedded_model())
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=width * 14 // 5,
+        num_hidden_layers=12,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64 // 5 or 1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Clock:
+    """Seconds on the clock and of processor time, and tokens, of all calls that it measured."""
+
+    def __init__(self) -> None:
+        self.seconds = self.processor = 0.0
+        self.tokens = 0
+
+    def measure(self, work: Callable[[], list[list[int]]]) -> list[list[int]]:
+        began, processor = time.perf_counter(), time.process_time()
+        answers = work()
+        self.seconds += time.perf_counter() - began
+        self.processor += time.process_time() - processor
+        self.tokens += sum(map(len, answers))
+        return answers
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def comparison(fast: Clock, slow: Clock, on_cpu: bool) -> str:
+    ratio = f"{fast.rate:.0f} against {slow.rate:.0f} tokens/s, {fast.rate / slow.rate:.1f} times"
+    work = fast.tokens / fast.processor / (slow.tokens / slow.processor)
+    return ratio + (f" ({work:.1f} by processor time)" if on_cpu else "")
+
+
 def one_by_one(served: Served, prompts: list[list[int]], args: argparse.Namespace) -> list[list[int]]:
     """The loop of the library's own `generate`."""
     import torch
@@ -62,18 +118,13 @@ def one_by_one(served: Served, prompts: list[list[int]], args: argparse.Namespac
 def batched(served: Served, prompts: list[list[int]], args: argparse.Namespace) -> list[list[int]]:
     from suwen.generation import generate_batch
 
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    answers: dict[int, list[int]] = {}
-    for at in range(0, len(order), args.batch_size):
-        chosen = order[at : at + args.batch_size]
-        found = generate_batch(served.model, served.encoder, [prompts[i] for i in chosen], generation_settings(args))
-        answers.update({index: answer.token_ids for index, answer in zip(chosen, found, strict=True)})
-    return [answers[index] for index in range(len(prompts))]
+    found = generate_batch(served.model, served.encoder, prompts, generation_settings(args))
+    return [answer.token_ids for answer in found]
 
 
-def clients(served: Served, questions: list[list[dict]], args: argparse.Namespace, count: int) -> tuple[float, float]:
-    """Tokens a second over all clients, and the seconds to the first piece of a streamed answer."""
-    import httpx
+@contextmanager
+def serve(served: Served, args: argparse.Namespace) -> Iterator[str]:
+    """The API on this machine; gives its address."""
     import uvicorn
 
     from suwen.api.server import Api, Limits, ServedModel, build_app
@@ -81,37 +132,56 @@ def clients(served: Served, questions: list[list[dict]], args: argparse.Namespac
 
     batcher = Batcher(served.model, max_batch=args.batch_size)
     api = Api(batcher, {"m": ServedModel(served.encoder)}, generation_settings(args), Limits())
-    config = uvicorn.Config(build_app(api, patience=0), port=args.port, log_level="error")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(build_app(api, patience=0), port=args.port, log_level="error"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    address = f"http://127.0.0.1:{args.port}/v1/chat/completions"
+    try:
+        yield f"http://127.0.0.1:{args.port}/v1/chat/completions"
+    finally:
+        server.should_exit = True
+        thread.join()
 
-    def ask(messages: list[dict]) -> int:
-        reply: Any = httpx.post(address, json={"model": "m", "messages": messages}, timeout=600).json()
-        return reply["usage"]["completion_tokens"]
 
-    ask(questions[0])
-    started = time.perf_counter()
-    with ThreadPoolExecutor(count) as pool:
-        tokens = sum(pool.map(ask, questions))
-    rate = tokens / (time.perf_counter() - started)
-    body = {"model": "m", "messages": questions[0], "stream": True}
-    firsts = []
-    with httpx.Client(timeout=600) as client:  # made before the clock runs: reading certificates takes 100 ms
-        client.get(f"http://127.0.0.1:{args.port}/health")
-        for _ in range(5):
-            started = time.perf_counter()
-            with client.stream("POST", address, json=body) as reply:
-                lines = (line for line in reply.iter_lines() if '"content": ""' not in line and line)
-                next(lines)
-                firsts.append(time.perf_counter() - started)
-    first = sorted(firsts)[2]  # the median
-    server.should_exit = True
-    thread.join()
-    return rate, first
+def measure_api(served: Served, questions: list[list[dict]], args: argparse.Namespace, on_cpu: bool) -> None:
+    import httpx
+    import torch
+
+    one, eight = Clock(), Clock()
+    with serve(served, args) as address, httpx.Client(timeout=600) as client, ThreadPoolExecutor(8) as pool:
+
+        def ask(messages: list[dict]) -> list[int]:
+            reply: Any = client.post(address, json={"model": "m", "messages": messages}).json()
+            return [0] * reply["usage"]["completion_tokens"]
+
+        list(pool.map(ask, questions[:8]))  # warm, connections too
+        for at in range(0, len(questions), 8):
+            chosen = questions[at : at + 8]
+            eight.measure(lambda chosen=chosen: list(pool.map(ask, chosen)))  # type: ignore[misc]
+            one.measure(lambda chosen=chosen: list(map(ask, chosen)))  # type: ignore[misc]
+        print(f"API, 8 clients and 1: {comparison(eight, one, on_cpu)}")
+
+        # /v1/completions streams every token that is a whole character; of a chat an answer may begin with white space
+        prompt = served.encoder.encode_prompt(questions[0])
+        body = {"model": "m", "prompt": prompt, "stream": True, "max_tokens": 16}
+        firsts, prefills = [], []
+        for _ in range(9):
+            began = time.perf_counter()
+            with client.stream("POST", address.replace("chat/", ""), json=body) as reply:
+                next(line for line in reply.iter_lines() if line)
+                firsts.append(time.perf_counter() - began)
+            with torch.inference_mode():
+                began = time.perf_counter()
+                served.model(
+                    torch.tensor([prompt], device=served.model.device), logits_to_keep=1
+                ).logits.argmax().item()
+                prefills.append(time.perf_counter() - began)
+    first, prefill = 1000 * statistics.median(firsts), 1000 * statistics.median(prefills)
+    print(
+        f"first streamed token of {len(prompt)} prompt tokens after {first:.1f} ms, one prefill takes {prefill:.1f} ms:"
+        f" {first / prefill:.2f} times"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,38 +189,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=32, help="how many (default: 32)")
     parser.add_argument("--batch_size", type=int, default=8, help="answered together (default: 8)")
     parser.add_argument("--port", type=int, default=8097, help="of the API while it is measured (default: 8097)")
+    parser.add_argument("--random_width", type=int, metavar="W", help="measure a random Qwen2 of this width")
     add_model_flags(parser)
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     check_serving_flags(args)
-    served = load_served(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random_width:
+            args.base_model = build_random_model(folder, args.random_width)
+        served = load_served(args)
+    on_cpu = served.model.device.type == "cpu"
     questions = sample_questions(args.questions)
     prompts = [served.encoder.encode_prompt(messages) for messages in questions]
+    print(f"{served.model.num_parameters() / 1e6:.0f} million parameters, {args.questions} questions")
 
-    rates: dict[str, float] = {}
-    answers = {}
-    for name, work in (("one by one", one_by_one), ("batches", batched)):
-        work(served, prompts[: args.batch_size], args)  # warm
-        started = time.perf_counter()
-        answers[name] = work(served, prompts, args)
-        rates[name] = sum(map(len, answers[name])) / (time.perf_counter() - started)
-    same = sum(a == b for a, b in zip(answers["one by one"], answers["batches"], strict=True))
-    print(
-        f"batches of {args.batch_size}: {rates['batches']:.0f} tokens/s, one by one {rates['one by one']:.0f}: "
-        f"{rates['batches'] / rates['one by one']:.1f} times; {same} of {len(prompts)} answers token for token the same"
-    )
-    one, first = clients(served, questions[: args.questions // 2], args, 1)
-    eight, _ = clients(served, questions, args, 8)
-    print(f"API, 8 clients: {eight:.0f} tokens/s, 1 client {one:.0f}: {eight / one:.1f} times")
-
-    import torch
-
-    with torch.inference_mode():
-        ids = torch.tensor([prompts[0]], device=served.model.device)
-        started = time.perf_counter()
-        served.model(ids, logits_to_keep=1)
-        prefill = time.perf_counter() - started
-    print(f"first streamed piece after {1000 * first:.0f} ms, one prefill takes {1000 * prefill:.0f} ms")
+    loop, batches, same = Clock(), Clock(), 0
+    batched(served, prompts[: args.batch_size], args)  # warm
+    one_by_one(served, prompts[:1], args)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # as inference.py does it
+    for at in range(0, len(order), args.batch_size):
+        chosen = [prompts[index] for index in order[at : at + args.batch_size]]
+        together = batches.measure(lambda chosen=chosen: batched(served, chosen, args))  # type: ignore[misc]
+        alone = loop.measure(lambda chosen=chosen: one_by_one(served, chosen, args))  # type: ignore[misc]
+        same += sum(a == b for a, b in zip(together, alone, strict=True))
+    print(f"batches of {args.batch_size} and one by one: {comparison(batches, loop, on_cpu)}")
+    print(f"  {same} of {len(prompts)} answers token for token the same")
+    measure_api(served, questions, args, on_cpu)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.benchmarks.extraction import VERSION as EXTRACTION_VERSION
 from suwen.benchmarks.task import Candidates, Item, Items, Record, Task, read_items
 from suwen.comparison import compare_folders, summarise_run
-from suwen.prompts import AnswerFile, folder_state, run_difference, run_record, with_system_prompt
+from suwen.prompts import AnswerFile, folder_state, run_difference, run_record, set_aside, with_system_prompt
 from suwen.readers import find_files, hash_file
 from suwen.records import timestamp, versions, write_json
 from suwen.report import format_comparison, format_results, write_report
@@ -351,19 +351,6 @@ def remove_others(records: Path, model: dict[str, Any]) -> None:
             others.append(path)
     if others:
         print(f"records of another model moved to {set_aside(others, records)}", flush=True)
-
-
-def set_aside(paths: Sequence[Path], records: Path) -> Path:
-    """Move records, and what they were made with, into a folder of their own; nothing is deleted."""
-    number = 1
-    while (target := records / f"earlier-{number}").exists():
-        number += 1
-    target.mkdir()
-    for path in paths:
-        for file in (path, run_record(path)):
-            if file.exists():
-                file.rename(target / file.name)
-    return target
 
 
 # ------------------------------------------------------------------------------------------------------ for the stages

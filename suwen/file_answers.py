@@ -129,6 +129,9 @@ def answer_together(
 ) -> None:
     """Data parallel: each process writes a part beside the file; the first one puts them together.
 
+    On GPUs `accelerate launch` is enough. On CPUs several processes are started by `--multi_gpu --num_processes N`
+    before inference.py and `--use_cpu` behind it; accelerate's own `--cpu` starts one, or needs MPI.
+
     Parts that were left by a run that was cut off are taken in first, of however many processes that was.
     """
     from accelerate import PartialState

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,19 @@ def run_difference(path: Path, run: dict[str, Any]) -> str | None:
             found, asked = (_brief(values.get(key)) for values in (recorded, run))
             return f"{key} was {found}, is {asked}"
     return None
+
+
+def set_aside(paths: Sequence[Path], records: Path) -> Path:
+    """Move records, and what they were made with, into a folder of their own; nothing is deleted."""
+    number = 1
+    while (target := records / f"earlier-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in paths:
+        for file in (path, run_record(path)):
+            if file.exists():
+                file.rename(target / file.name)
+    return target
 
 
 def _brief(value: Any) -> str:

@@ -256,6 +256,8 @@ def test_broken_requests_are_refused(server, body):
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     reply = httpx.post(f"{server[0]}/v1/chat/completions", content=body, headers=headers)
     assert reply.status_code == 400 and reply.json()["error"]["message"]
+    if body in (b"", b"{"):
+        assert ("not valid JSON" if body else "required") in reply.json()["error"]["message"]
 
 
 def test_half_a_character_in_a_message_is_an_answer_or_a_refusal(server):

@@ -16,6 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 import inference
+from suwen.chat_models import Reply
 from suwen.encoding import ChatEncoder
 from suwen.generation import (
     AnswerDecoder,
@@ -584,6 +585,15 @@ def test_a_conversation_goes_on_over_turns_until_it_is_cleared(folder, capsys, m
     answers = [part.split("\n")[0] for part in printed.split("答：")[1:]]
     assert answers == [first, second, third]
     assert "/clear  " in printed and "unknown command /what" in printed
+
+
+def test_an_empty_answer_is_said_and_forgotten(capsys):
+    def nothing(messages, settings, knowledge):
+        return Reply(piece for piece in ())
+
+    conversation = inference.Chat(["m"], nothing, inference.parse_arguments(["--interactive"]))
+    conversation.ask("咳嗽")
+    assert capsys.readouterr().out == "(the model gave no answer)\n" and conversation.turns == []
 
 
 def test_several_lines_are_one_question(folder, capsys, monkeypatch, model, encoder):

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 from http_server import server
+from papers import write_pdf
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
@@ -26,7 +27,7 @@ from suwen.generation_settings import GenerationSettings
 from suwen.page.conversation import drop_unanswered, export_json, export_text, history_messages
 from suwen.page.feedback import Feedback
 from suwen.page.sources import index_files, sources_html
-from suwen.page.texts import TEXTS, request_language, text
+from suwen.page.texts import TEXTS, reason_text, request_language, text
 from suwen.retrieval.index import build_index
 from suwen.retrieval.settings import RetrievalSettings
 from suwen.serving import load_served
@@ -200,6 +201,15 @@ def test_every_text_is_there_in_both_languages_with_the_same_places():
     assert request_language("auto", "en-US,en;q=0.9") == "en"
     assert request_language("auto", "zh-CN,zh;q=0.9,en;q=0.8") == request_language("auto", "") == "zh"
     assert request_language("zh", "en-US") == "zh"
+
+
+def test_why_a_file_cannot_be_read_is_said_in_the_language_of_the_page(tmp_path):
+    scan = write_pdf(tmp_path / "扫描件.pdf", [""])
+    for language, said in (("zh", "扫描件.pdf: 没有文字: 可能是扫描件"), ("en", "no text in it: scanned perhaps")):
+        with pytest.raises(ValueError) as error:
+            index_files([str(scan)], str(tmp_path), RetrievalSettings(), language)
+        told = reason_text(str(error.value), language)
+        assert said in told and "--documents" not in told
 
 
 @pytest.fixture(scope="module")

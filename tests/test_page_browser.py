@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from papers import write_docx, write_pdf
 from test_page import free_port, make_models
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
 expect = sync_api.expect
-WAIT = 20_000  # milliseconds
+WAIT = 60_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_an_answer_is_retried_edited_liked_and_exported(open_page, address):
     page.locator("#chat button[aria-label='Retry'], #chat button[aria-label='重试']").first.click()
     page.wait_for_timeout(300)
     wait_until_done(page)
-    assert answers(page).first.inner_text() == first  # greedy
+    expect(answers(page).first).to_have_text(first, timeout=WAIT)  # greedy
     page.locator("#chat").get_by_role("button", name=re.compile("^(like|赞)$", re.IGNORECASE)).first.click()
     kept = address[1] / "feedback.jsonl"
     for _ in range(100):
@@ -218,6 +219,28 @@ def test_a_dropped_file_is_a_knowledge_base_of_its_session_alone(open_page, tmp_
     picture(page, "chat-zh-file")
 
 
+def test_pdf_and_word_files_answer_with_their_pages(open_page, tmp_path):
+    page = open_page()
+    pages = ["华法林钠片说明书", "注意事项\n服药期间避免大量食用菠菜。"]
+    guide = write_docx(
+        tmp_path / "用药指导.docx", [("Heading 1", "用药指导"), ("Normal", "地高辛中毒的早期表现是恶心和黄视。")]
+    )
+    page.locator("#files input[type=file]").set_input_files([write_pdf(tmp_path / "华法林.pdf", pages), guide])
+    expect(page.locator("#files-note")).to_contain_text("2 个文件", timeout=WAIT)
+    ask(page, "华法林服药期间避免吃菠菜吗？")
+    expect(page.locator("#sources .source").first).to_contain_text("华法林.pdf · 第 2 页", timeout=WAIT)
+    expect(page.locator("#sources .source").first).to_contain_text("菠菜")
+    wait_until_done(page)
+    ask(page, "地高辛中毒的早期表现有哪些？")
+    expect(page.locator("#sources .source").first).to_contain_text("用药指导.docx", timeout=WAIT)
+    expect(page.locator("#sources .source").first).to_contain_text("黄视")
+    wait_until_done(page)
+    picture(page, "chat-zh-files")
+    scan = write_pdf(tmp_path / "扫描件.pdf", [""])
+    page.locator("#files input[type=file]").set_input_files(scan)  # beside the others
+    expect(page.locator("#files-note")).to_contain_text("1 × 没有文字", timeout=WAIT)
+
+
 def test_models_are_compared_blind_and_voted_on(open_page):
     page = open_page()
     page.get_by_role("tab", name="比较模型").click()
@@ -252,9 +275,12 @@ def test_the_page_fits_a_telephone_and_the_dark(open_page):
 def test_an_english_browser_gets_english(open_page):
     page = open_page(locale="en-US")
     expect(page.locator("#notice")).to_contain_text("not medical advice")
+    expect(page.get_by_role("tab", name="Internal medicine")).to_be_visible()
+    expect(page.get_by_role("tab", name="内科")).to_have_count(0)
     ask(page, "I have chest pain")
     expect(page.locator("#chat .thought-group")).to_contain_text("heart attack", timeout=WAIT)
     wait_until_done(page)
+    expect(answers(page).last).to_contain_text("nothing relevant enough")
     page.locator("#side .toggle-button").click()
     expect(page.locator("#side")).to_contain_text("Temperature")
     expect(page.get_by_label("Seed")).to_have_value("")

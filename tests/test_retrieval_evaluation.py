@@ -55,7 +55,7 @@ def test_conditions_stand_side_by_side_and_count_as_by_hand(index, questions, tm
     knowledge = KnowledgeBase(index)
     asked = read_questions(questions)
     assert [passage.title for passage in gold_passages(knowledge, asked)] == ["布洛芬", "蒙脱石散", "华法林", "华法林"]
-    results = evaluate_retrieval(knowledge, asked, reader, 32, tmp_path / "eval")
+    results = evaluate_retrieval(knowledge, asked, reader, 32, tmp_path / "eval", {"model": "reader"})
     assert results["retrieval"]["recall@1"]["value"] == 75  # three of four
     first = json.loads((tmp_path / "eval" / "retrieval_records.jsonl").read_text(encoding="utf-8").splitlines()[3])
     rank = first["rank"]
@@ -67,6 +67,37 @@ def test_conditions_stand_side_by_side_and_count_as_by_hand(index, questions, tm
     assert precision["gold passage"]["value"] == 100 and precision["gold passage"]["n"] == 3
     assert precision["closed book"]["n"] == 0 and precision["wrong passage"]["value"] == 0
     assert "recall@5" in format_retrieval(results) and "closed book" in format_retrieval(results)
+
+
+def test_an_evaluation_that_was_cut_off_asks_only_what_is_left(index, questions, tmp_path, capsys):
+    knowledge, asked, folder = KnowledgeBase(index), read_questions(questions), tmp_path / "eval"
+    whole = evaluate_retrieval(knowledge, asked, reader, 32, tmp_path / "whole", {"model": "reader"}, "你是药师")
+    counts: list[int] = []
+
+    def cut_off(conversations, max_new_tokens):
+        for done, answer in enumerate(reader(conversations, max_new_tokens)):
+            if len(counts) == 1 and done == 1:
+                raise KeyboardInterrupt
+            yield answer
+        counts.append(len(conversations))
+
+    def counting(conversations, max_new_tokens):
+        counts.append(len(conversations))
+        assert all(messages[0] == {"role": "system", "content": "你是药师"} for messages in conversations.values())
+        return reader(conversations, max_new_tokens)
+
+    with pytest.raises(KeyboardInterrupt):  # closed book is done, and one of the retrieved
+        evaluate_retrieval(knowledge, asked, cut_off, 32, folder, {"model": "reader"}, "你是药师")
+    with open(folder / "answers" / "retrieved.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"index": 1, "resp')  # and half a line
+    assert counts == [3]
+    again = evaluate_retrieval(knowledge, asked, counting, 32, folder, {"model": "reader"}, "你是药师")
+    assert counts == [3, 0, 2, 3, 1] and again == whole
+    records = "retrieval_records.jsonl"
+    assert (folder / records).read_bytes() == (tmp_path / "whole" / records).read_bytes()
+    evaluate_retrieval(knowledge, asked, counting, 32, folder, {"model": "another"}, "你是药师")
+    assert counts[5:] == [3, 3, 3, 1] and "earlier answers moved to" in capsys.readouterr().out
+    assert (folder / "answers" / "earlier-1" / "closed_book.jsonl").is_file()
 
 
 @pytest.mark.parametrize(

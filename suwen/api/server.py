@@ -263,6 +263,8 @@ def build_app(api: Api, api_key: str | None = None, patience: float = 20.0) -> F
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = first["msg"].removeprefix("Value error, ")
         return error_response(400, f"{place}: {message}" if place else message, param=place or None)

@@ -17,7 +17,7 @@ from suwen.generation_settings import GenerationSettings
 from suwen.page.conversation import export_json, export_text, history_messages
 from suwen.page.page import QUESTION_CHARACTERS, Page
 from suwen.page.sources import FILE_KINDS, Documents, index_files, sources_html
-from suwen.page.texts import Language, text
+from suwen.page.texts import Language, reason_text, text
 from suwen.prompts import with_system_prompt
 from suwen.red_flags import find_red_flags
 
@@ -144,6 +144,8 @@ def answerer(page: Page) -> Any:
             yield shown({**parts, "content": parts["content"] or failure_text(error, language)}, warning, language), ""
             return
         parts["content"] = parts["content"] or text("no_answer", language)
+        if reply.abstained:
+            parts["content"] = text("not_found", language)
         yield shown(parts, warning, language), sources_html(reply.hits, parts["content"], language, reply.abstained)
 
     return answer
@@ -194,7 +196,7 @@ def chat_tab(page: Page, model: Any, controls: list[Any], use_sources: Any) -> N
     with gr.Row(elem_id="below"):
         with gr.Column(min_width=280), gr.Accordion(t("examples"), open=True, elem_id="examples"), gr.Tabs():
             for department in json.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))["departments"]:
-                with gr.Tab(department["name"]):
+                with gr.Tab(t(department["department"])):
                     gr.Examples([[question] for question in department["questions"]], [conversation.textbox])
         with gr.Column(min_width=280), gr.Accordion(t("sources"), open=True, elem_id="sources-panel"):
             sources.render()
@@ -228,7 +230,7 @@ def reader(page: Page) -> Any:
         try:
             found = index_files(paths, page.folder, page.retrieval, language)
         except ValueError as error:
-            return None, text("unreadable", language, error)
+            return None, text("unreadable", language, reason_text(str(error), language))
         return found, f"{found.note}  \n{text('documents_note', language)}"
 
     return read

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from suwen.page.texts import Language, text
+from suwen.page.texts import Language, reason_text, text
 from suwen.retrieval.grounding import check_citations
 from suwen.retrieval.settings import RetrievalSettings
 
@@ -51,7 +51,9 @@ def index_files(paths: Sequence[str], parent: str, settings: RetrievalSettings, 
         report = build_index(list(paths), folder)
         lines = [text("read", language, report.files, report.passages)]
         if report.refused:
-            reasons = "; ".join(f"{count} × {reason}" for reason, count in report.refused.most_common())
+            reasons = "; ".join(
+                f"{count} × {reason_text(reason, language)}" for reason, count in report.refused.most_common()
+            )
             lines.append(text("refused", language, report.refused.total(), reasons))
         if report.flagged:
             lines.append(text("flagged", language, report.flagged.total()))

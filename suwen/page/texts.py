@@ -1,9 +1,11 @@
-"""The page's own words in Chinese and English. Standard library only."""
+"""The page's own words in Chinese and English."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal
+
+from suwen.retrieval.grounding import NOT_FOUND
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -30,6 +32,14 @@ TEXTS: dict[str, tuple[str, str]] = {
     "repetition_penalty": ("重复惩罚（1：无）", "Repetition penalty (1: none)"),
     "seed": ("随机种子（空：每次不同）", "Seed (empty: another answer each time)"),
     "examples": ("示例问题", "Example questions"),
+    "internal_medicine": ("内科", "Internal medicine"),
+    "surgery": ("外科", "Surgery"),
+    "paediatrics": ("儿科", "Paediatrics"),
+    "obstetrics": ("妇产科", "Obstetrics and gynaecology"),
+    "pharmacy": ("药学", "Pharmacy"),
+    "chinese_medicine": ("中医科", "Chinese medicine"),
+    "laboratory": ("检验与影像", "Laboratory and imaging"),
+    "psychology": ("心理科", "Mental health"),
     "documents": ("PDF、DOCX、txt", "PDF, DOCX, txt"),
     "documents_note": (
         "拖入文件后只依据这些文件回答；它们只属于本次会话，离开页面后删除。",
@@ -38,6 +48,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "use_sources": ("依据资料回答", "Answer from documents"),
     "sources": ("资料来源", "Sources"),
     "sources_none": ("本次回答没有使用资料。", "This answer used no documents."),
+    "not_found": (
+        NOT_FOUND,
+        "The documents hold nothing relevant enough to this question, so it is not answered. If you are unwell, ask a"
+        " doctor or pharmacist; in an emergency call 120 (in China).",
+    ),
     "sources_empty": ("资料中没有足够相关的内容。", "No passage is relevant enough."),
     "page": ("第 {0} 页", "page {0}"),
     "relevance": ("相关度", "relevance"),
@@ -99,6 +114,34 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Likes, dislikes and votes are kept on the server with question and answer, personal data masked.",
     ),
 }
+
+# Why files and pages cannot be read, as suwen.retrieval.documents and the readers say it
+REASONS = {
+    "--documents: found nothing readable; ": "没有可读的内容；",
+    "no text in it": "没有文字",
+    "page without text": "没有文字的页",
+    "scanned perhaps: it needs text recognition (OCR) first": "可能是扫描件，需要先做文字识别（OCR）",
+    "a picture perhaps, or empty": "可能是图片，或是空白",
+    "expected text": "应有文字",
+    "broken file": "文件损坏",
+    "needs a password": "需要密码",
+    "undecodable bytes": "无法识别的编码",
+    "file too large": "文件太大",
+    "too long": "太长",
+    "takes too long to read": "读取时间过长",
+    "needs too much memory": "占用内存过多",
+    "empty file": "空文件",
+    "unreadable": "无法读取",
+}
+
+
+def reason_text(reason: str, language: Language) -> str:
+    """Why something could not be read, for people; what has no translation stays as it is."""
+    if language == "en":
+        return reason.removeprefix("--documents: ")
+    for english in sorted(REASONS, key=len, reverse=True):
+        reason = reason.replace(english, REASONS[english])
+    return reason
 
 
 def text(key: str, language: str, *values: Any) -> str:

@@ -2,20 +2,25 @@
 
 Each question names its document. It is asked four times: closed book, with the passages that retrieval finds, with a
 passage of the right document (an upper bound), and with the best passage of another document (how far does the model
-follow what is wrong?). All share the prompt of grounding.py.
+follow what is wrong?). All share the prompt of grounding.py. Answers are kept as they come, in answers/ of the output
+folder: an evaluation that was cut off goes on with the questions that are left.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from suwen.benchmarks.task import lower_keys, rate, text_of
 from suwen.benchmarks.terms import named, normalise_term, term_list
 from suwen.formats import BadRow
+from suwen.prompts import AnswerFile, run_difference, set_aside, with_system_prompt
 from suwen.readers import Refusal, find_encoding, read_records
 from suwen.records import write_json
 from suwen.retrieval.grounding import check_citations, find_passages, with_passages
@@ -107,9 +112,18 @@ def is_named(answers: Sequence[str], text: str) -> bool:
 
 
 def evaluate_retrieval(
-    knowledge: KnowledgeBase, questions: Sequence[Question], ask: Ask, max_new_tokens: int, output_dir: Path
+    knowledge: KnowledgeBase,
+    questions: Sequence[Question],
+    ask: Ask,
+    max_new_tokens: int,
+    output_dir: Path,
+    identity: dict[str, Any],
+    system_prompt: str = "",
 ) -> dict[str, Any]:
     """Score retrieval and the answers of all conditions; writes retrieval.json and retrieval_records.jsonl.
+
+    Args:
+        identity: what answers, as far as answers depend on it; answers of another are moved aside.
 
     Returns:
         {"retrieval": recall at each depth and MRR, "answers": condition -> accuracy and citations}, percentages.
@@ -119,7 +133,7 @@ def evaluate_retrieval(
     asked: dict[str, dict[int, list[dict]]] = {condition: {} for condition in CONDITIONS}
     shown: dict[tuple[str, int], list[Passage]] = {}
     for index, (question, right) in enumerate(zip(questions, gold, strict=True)):
-        messages = [{"role": "user", "content": question.text}]
+        messages = with_system_prompt([{"role": "user", "content": question.text}], system_prompt)
         ranked = [hit.passage for hit in knowledge.search(question.text, CANDIDATES)]
         own = [is_of(passage, question, right) for passage in ranked]
         rank = own.index(True) + 1 if True in own else None
@@ -141,7 +155,7 @@ def evaluate_retrieval(
     retrieval["given nothing"] = sum(not shown["retrieved", index] for index in range(n))
     answers = {}
     for condition in CONDITIONS:
-        replies = dict(ask(asked[condition], max_new_tokens))
+        replies = collect_answers(condition, asked[condition], ask, max_new_tokens, output_dir / "answers", identity)
         answers[condition] = score_answers(condition, replies, questions, gold, shown, records)
     results = {"n": n, "retrieval": retrieval, "answers": answers}
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -149,6 +163,32 @@ def evaluate_retrieval(
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (output_dir / "retrieval_records.jsonl").write_text(lines, encoding="utf-8")
     return results
+
+
+def collect_answers(
+    condition: str,
+    conversations: dict[int, list[dict]],
+    ask: Ask,
+    max_new_tokens: int,
+    folder: Path,
+    identity: dict[str, Any],
+) -> dict[int, dict[str, Any]]:
+    """The answers of one condition, those that an earlier run left included."""
+    asked = hashlib.sha256(json.dumps(sorted(conversations.items())).encode()).hexdigest()
+    run = identity | {"conversations": asked, "max_new_tokens": max_new_tokens}
+    path = folder / f"{condition.replace(' ', '_')}.jsonl"
+    if path.exists() and (difference := run_difference(path, run)):
+        print(f"{condition}: earlier answers moved to {set_aside([path], folder)} ({difference})", flush=True)
+    # Named by their place among the questions; a condition need not ask all of them
+    output = AnswerFile(path, max(conversations, default=-1) + 1, run)
+    left = {index: messages for index, messages in conversations.items() if index not in output.done}
+    done = len(conversations) - len(left)
+    with tqdm(total=len(conversations), initial=done, desc=condition, unit=" questions", leave=False) as progress:
+        for index, reply in ask(left, max_new_tokens):
+            output.append([{"index": index, **reply}])
+            progress.update()
+    output.finish()
+    return {row.pop("index"): row for row in map(json.loads, path.read_bytes().splitlines())}
 
 
 def score_answers(
