@@ -73,6 +73,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         return earlier
     if main_process():
         write_json(output / "run.json", record)
+        shutil.copyfile(data.sketch, output / data.sketch.name)
     if checkpoint:
         load_checkpoint(trainer, checkpoint)
     forget_lines_after(output, trainer.step if checkpoint else -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -356,6 +357,7 @@ def run_stage(
         return earlier
     if main_process():
         write_json(output / "run.json", record)
+        shutil.copyfile(data.sketch, output / data.sketch.name)
     trainer.about, trainer.nonfinite.action = about_run(record), args.run.on_nonfinite
     if args.run.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
