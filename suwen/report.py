@@ -101,8 +101,13 @@ def format_overview(comparison: dict[str, Any]) -> str:
 
 def format_comparison(comparison: dict[str, Any]) -> str:
     """Stages against each other for the terminal."""
-    lines = [format_overview(comparison), ""] if len(comparison.get("results", ())) > 1 else []
-    for pair in comparison["pairs"]:
+    overview = f"{format_overview(comparison)}\n\n" if len(comparison.get("results", ())) > 1 else ""
+    return overview + format_pairs(comparison["pairs"])
+
+
+def format_pairs(pairs: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for pair in pairs:
         rows = [["task", "mode", "score", pair["first"], pair["second"], "difference", "interval", "p (Holm)", ""]]
         for row in pair["rows"]:
             if "problem" in row:

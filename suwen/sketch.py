@@ -16,7 +16,7 @@ import numpy as np
 
 from suwen.grams import Codes, hash_grams, row_texts, sorted_unique, to_codes
 
-FILE = "training_sketch.safetensors"
+FILE = "training_data.sketch"  # no *.safetensors, which would be taken for weights
 VERSION = 1
 NGRAM = 13
 MOST_GRAMS = 16_000_000  # 64 MB, about 50 MB of Chinese text; of more, every second, fourth, ... gram is kept

@@ -252,7 +252,7 @@ def test_a_stage_is_compared_with_the_one_before(model_folder, tmp_path, capsys)
         str(model_folder),
         "exam,facts",
         tmp_path / "sft/eval",
-        before=tmp_path / "pt/eval",
+        earlier=[tmp_path / "pt/eval"],
         settings=settings,
         served=served,
     )

@@ -6,7 +6,7 @@
 
 With --evaluation, a folder that evaluation.py wrote, the scores are also given on clean and on dirty items alone. With
 --sketch the data itself is not needed: a training leaves the hashes of its 13-grams beside its weights, in
-training_sketch.safetensors. Those of the stages that a stage went on from are looked into as well.
+training_data.sketch. Those of the stages that a stage went on from are looked into as well.
 """
 
 from __future__ import annotations
