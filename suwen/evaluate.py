@@ -249,7 +249,9 @@ def run_mode(
         }
         answers = ask(messages, longest)
     title = f"{task.name}, {mode}"
-    with tqdm(total=len(items), initial=len(items) - len(todo), desc=title, unit=" items", leave=False) as progress:
+    with tqdm(
+        total=len(items), initial=len(items) - len(todo), desc=title, unit=" items", disable=None, leave=False
+    ) as progress:
         for index, answer in answers:
             record = {"index": index, **static_fields(items[index]), **answer}
             if mode == "generate":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_evaluation import write_rows
 from test_ppo import environment, run_ppo
 from test_stages import arguments, base, run_stage, write_data  # noqa: F401  (base is a fixture)
 
@@ -106,8 +107,10 @@ def test_steps_still_to_come_are_forgotten(tmp_path):
 
 def test_questions_that_cannot_be_asked_end_no_training(base, tmp_path, capsys):  # noqa: F811
     row = {"Question": "血压？" * 2000, "Options": "A 一\nB 二", "Answer": "A"}
-    (tmp_path / "cmexam.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    flags = ["--max_steps", "3", "--eval_tasks", "cmexam", "--eval_data_dir", str(tmp_path), "--eval_tasks_steps", "2"]
+    data = tmp_path / "data"
+    data.mkdir()
+    write_rows(data / "cmexam.jsonl", [row])
+    flags = ["--max_steps", "3", "--eval_tasks", "cmexam", "--eval_data_dir", str(data), "--eval_tasks_steps", "2"]
     with pytest.raises(ValueError, match="do not fit into the model's window"):  # at the end, when all is saved
         run_stage("sft", base, tmp_path, *flags)
     assert "step 2: not asked (" in capsys.readouterr().out

@@ -58,7 +58,9 @@ def training_rows(sources: Sequence[Source], counts: Counter[str]) -> Iterator[t
     from suwen.grams import row_texts
 
     files = [file for source in sources for file in source.files]
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, leave=False) as progress:
+    with tqdm(
+        total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None, leave=False
+    ) as progress:
         for file in files:
             for record in read_records(file, find_encoding(file)):
                 if isinstance(record, Refusal):
