@@ -40,6 +40,12 @@ def p_value(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
+def pace(entry: dict[str, Any], mode: str) -> str:
+    """Seconds that a thousand items took, of those that were asked when last there was something to ask."""
+    timing = entry["data"].get("timing", {}).get(mode)
+    return f"{1000 * timing['seconds'] / timing['answered']:.1f}" if timing else ""
+
+
 def unit_of(metric: str) -> str:
     return "bits" if metric.startswith("bits") else "" if metric.startswith("perplexity") else "%"
 
@@ -49,7 +55,7 @@ def unit_of(metric: str) -> str:
 
 def format_results(results: dict[str, Any]) -> str:
     """The scores of one model for the terminal."""
-    rows = [["task", "mode", "score", "value", "95 % interval", "items"]]
+    rows = [["task", "mode", "score", "value", "95 % interval", "items", "s for 1,000"]]
     notes = []
     for name, entry in results["tasks"].items():
         for mode, summary in entry["modes"].items():
@@ -60,7 +66,16 @@ def format_results(results: dict[str, Any]) -> str:
                 first = metric == entry["headline"]
                 shown = number(score["value"], " %" if unit_of(metric) == "%" else "")
                 label = (name, mode) if first else ("", "")
-                rows.append([*label, metric, shown, interval(score), f"{summary['n']:,}" if first else ""])
+                rows.append(
+                    [
+                        *label,
+                        metric,
+                        shown,
+                        interval(score),
+                        f"{summary['n']:,}" if first else "",
+                        pace(entry, mode) if first else "",
+                    ]
+                )
         for summary in entry["modes"].values():
             shown_scores = {m: s for m, s in summary["metrics"].items() if m in {*ALSO_SHOWN, entry["headline"]}}
             signatures = [score["signature"] for score in shown_scores.values() if "signature" in score]
@@ -256,6 +271,7 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
         for key, title in (("empty", "empty answers"), ("cut_off", "answers cut off at their longest")):
             if any(s and s.get(key) for s in summaries):
                 rows.append([title, *(f"{s.get(key, 0):,}" if s else "" for s in summaries)])
+        rows.append(["seconds for 1,000 items", *(pace(e, mode) for _, e in having)])
         parts.append(tag("h3", mode) + html_table(["score", *(run.name for run, _ in having)], rows))
     for run, e in having:
         parts.append(breakdown(run.name, e, modes))
