@@ -420,7 +420,10 @@ def evaluate_stage(
     identity = model_identity(args, served.names)
     if step is not None:  # each time other weights, whatever lies in the folder
         identity |= {"weights": None, "step": step, "asked_at": timestamp()}
-    read = read_tasks(chosen, files, settings)
+    if step is None:
+        read = read_tasks(chosen, files, settings)
+    else:
+        read = {task.name: read_items(task, files[task.name], settings.max_samples) for task in chosen}
     ask = ask_model(served, settings.batch_size)
     results = evaluate(chosen, files, output, settings, identity, served, ask, read)
     folders = [folder for folder in earlier if (Path(folder) / "results.json").is_file()]

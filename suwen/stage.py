@@ -95,7 +95,8 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     quiet_libraries()
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
-    check_tasks(args.run, trains=library.get("do_train") or not (library.get("do_eval") or "do_train" in library))
+    trains = library.get("do_train") or not (library.get("do_eval") or "do_train" in library)
+    check_tasks(args.run, trains, "deepspeed" if uses_deepspeed(library) else engine_in_use())
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     if not args.run.dry_run:

@@ -17,12 +17,15 @@ from suwen.generation import model_window
 from suwen.interruption import BrokenOff
 from suwen.progress import main_process, say
 from suwen.readers import first_line
-from suwen.rescale import ENGINES, engine_in_use
+from suwen.rescale import ENGINES
 from suwen.serving import THINKING, Served
 
 
-def check_tasks(run: RunArguments, trains: bool) -> None:
+def check_tasks(run: RunArguments, trains: bool, engine: str) -> None:
     """Refuse, before anything is loaded, benchmarks that could not be asked.
+
+    Args:
+        engine: of the training, a key of `suwen.rescale.ENGINES`.
 
     Raises:
         ValueError: unknown tasks, missing files, no training, or steps under an engine that spreads the weights.
@@ -36,7 +39,7 @@ def check_tasks(run: RunArguments, trains: bool) -> None:
             "--eval_tasks: asks what a training has made, and --do_train is off; expected "
             "python evaluation.py --base_model MODEL --tasks ..."
         )
-    if run.eval_tasks_steps and (engine := engine_in_use()) != "none":
+    if run.eval_tasks_steps and engine != "none":
         raise ValueError(
             f"--eval_tasks_steps: {ENGINES[engine]} spreads the weights over the processes while it trains; expected "
             "CONFIG=ddp or a single process, or python evaluation.py --base_model OUTPUT/checkpoint-N afterwards"
@@ -74,15 +77,15 @@ def ask_tasks(trainer: Any, args: StageArguments, start: str, step: int | None =
     served = Served(
         model, ChatEncoder(trainer.processing_class, THINKING[args.data.thinking]), [str(output)], model_window(model)
     )
-    earlier = [Path(start) / "eval", *steps_asked(output)]
-    folder = output / "eval"
-    if step is not None:
-        folder, earlier = folder / f"step-{step}", [earlier[0], *earlier[1:][-1:]]
+    before, steps, folder = Path(start) / "eval", steps_asked(output), output / "eval"
+    if step is not None:  # the start and the step before say enough on the way
+        folder = folder / f"step-{step}"
+        steps = [other for other in steps if other != folder][-1:]
     training = model.training
     model.eval()
     try:
         found = evaluate_stage(
-            str(output), run.eval_tasks or "", folder, earlier, run.eval_data_dir, None,
+            str(output), run.eval_tasks or "", folder, [before, *steps], run.eval_data_dir, None,
             Settings(max_samples=run.eval_task_samples), served, step,
         )  # fmt: skip
     finally:
