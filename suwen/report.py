@@ -46,6 +46,14 @@ def pace(entry: dict[str, Any], mode: str) -> str:
     return f"{1000 * timing['seconds'] / timing['answered']:.1f}" if timing else ""
 
 
+def unfinished(results: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """A line for each mode whose asking was cut off: only one that is whole has its time in the header."""
+    cut = [mode for mode in entry["modes"] if results["run"] and mode not in entry["data"].get("timing", {})]
+    return [
+        f"{mode}: cut off after {entry['modes'][mode]['n']:,} items; its command goes on from there" for mode in cut
+    ]
+
+
 def unit_of(metric: str) -> str:
     return "bits" if metric.startswith("bits") else "" if metric.startswith("perplexity") else "%"
 
@@ -80,6 +88,7 @@ def format_results(results: dict[str, Any]) -> str:
             shown_scores = {m: s for m, s in summary["metrics"].items() if m in {*ALSO_SHOWN, entry["headline"]}}
             signatures = [score["signature"] for score in shown_scores.values() if "signature" in score]
             notes += [f"{name}: {' '.join(signatures)}"] if signatures else []
+        notes += [f"{name}, {part}" for part in unfinished(results, entry)]
         floors = next(iter(entry["modes"].values())).get("floors", {})
         if floors:
             notes.append(f"{name}: " + ", ".join(f"{floor} {value:.1f} %" for floor, value in floors.items()))
@@ -243,7 +252,8 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
     having = [(run, r["tasks"][name]) for run, r in zip(runs, results, strict=True) if name in r["tasks"]]
     entry = having[-1][1]
     parts = [tag("h2", html.escape(entry["title"]), id=name)]
-    notes = [*entry["data"].get("notes", []), f"{name} v{entry['version']}; {entry['source']}"]
+    cut = [f"{run.name}, {line}" for run, e in having for line in unfinished({"run": run.header}, e)]
+    notes = [*cut, *entry["data"].get("notes", []), f"{name} v{entry['version']}; {entry['source']}"]
     parts.append(tag("p", html.escape("; ".join(notes)), class_="soft"))
     modes = list(dict.fromkeys(mode for _, e in having for mode in e["modes"]))
     points = [

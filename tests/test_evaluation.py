@@ -352,3 +352,10 @@ def test_contamination_is_reported_with_the_scores_of_clean_items(model_folder, 
     assert found["kinds"]["exact"] == 5 and found["dirty_percent"] >= 25
     assert found["scores"]["generate"]["all"]["n"] == 20
     assert "train.jsonl, line 1" in capsys.readouterr().out
+
+
+def test_what_was_cut_off_is_not_shown_as_if_it_were_whole(model_folder, tmp_path):
+    results = run_cmexam(tmp_path, served_model(model_folder), exam_rows(4))
+    assert "cut off" not in format_results(results)
+    del results["tasks"]["cmexam"]["data"]["timing"]["generate"]  # written when the last item is answered
+    assert "cmexam, generate: cut off after 4 items" in format_results(results)
