@@ -196,6 +196,9 @@ class RunArguments:
     eval_tasks: str | None = flag(
         None, "benchmarks that the result is asked, e.g. own or cmexam,huatuo (see evaluation.py), into <output>/eval"
     )
+    eval_tasks_steps: int | None = flag(
+        None, "ask them every so many optimiser steps too, into <output>/eval/step-N (other processes wait meanwhile)"
+    )
     eval_data_dir: str | None = flag(None, "files of these benchmarks; unset: the project's own small sets")
     eval_task_samples: int | None = flag(None, "at most so many items of a benchmark, always the same")
     dry_run: bool = flag(
@@ -546,8 +549,10 @@ def check_combinations(model: ModelArguments, data: DataArguments, lora: LoraArg
         raise ValueError(f"--max_length: found {data.max_length}, expected at least 8 tokens")
     if not 0 <= data.validation_split_fraction < 1:
         raise ValueError(f"--validation_split_fraction: found {data.validation_split_fraction}, expected 0 to below 1")
-    for name in ("max_train_samples", "max_eval_samples", "num_proc", "eval_task_samples"):
-        value = getattr(run if name == "eval_task_samples" else data, name)
+    if run.eval_tasks_steps and not run.eval_tasks:
+        raise ValueError("--eval_tasks_steps: needs --eval_tasks, the benchmarks to ask")
+    for name in ("max_train_samples", "max_eval_samples", "num_proc", "eval_task_samples", "eval_tasks_steps"):
+        value = getattr(run if name.startswith("eval_task") else data, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: found {value}, expected at least 1")
     if (model.router_aux_loss_coef or 0) < 0:

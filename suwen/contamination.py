@@ -6,26 +6,25 @@ with a place in it make that place a candidate, and what stands there is then co
 classical figure, the share of an item's 13-grams in one training row (Brown et al. 2020, arXiv:2005.14165, appendix C),
 is reported beside it.
 
-A sketch keeps the hashed 13-grams of a training set, or a fixed share of them where they are many: those with the
-smallest hashes, as in MinHash for containment (Broder 1997, "On the resemblance and containment of documents"). A test
-set can then be checked without the data.
+Without the data its sketch (`suwen.sketch`) says which of an item's 13-grams a training has read.
 """
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from suwen.grams import Codes, hash_grams, row_texts, to_codes, to_text
+from suwen.grams import Codes, hash_grams, sorted_unique, to_codes, to_text
+from suwen.lineage import changed, read_json
+from suwen.sketch import FILE as SKETCH_FILE
+from suwen.sketch import NGRAM, Sketch
 
-VERSION = 1
-LONG, SEED_GRAM, SHORT = 13, 8, 3  # characters of the classical figure, of candidates, of the comparison
+SEED_GRAM, SHORT = 8, 3  # characters of a candidate's grams, of the comparison's
 SMALL_SEED = 4  # for items too short for SEED_GRAM
 CHUNK_CHARACTERS = 1 << 17  # of training text at once: its arrays stay in the processor's cache
 BLOCK = 512  # characters of training text in which the grams of one item are counted together
@@ -35,7 +34,6 @@ LONE_QUESTION = 30  # characters of a question that is not a stock phrase, even 
 LEAST_GRAMS = 9  # of an item's short grams, below which sharing most of them says nothing
 NEAR = 0.6  # share of an item's grams of SHORT characters, from which it counts as reworded
 OPTIONS_NEEDED = 0.5  # share of its options that must be there for it
-SKETCH_GRAMS = 4_000_000  # 32 MB
 LEAST_SKETCHED = 5  # 13-grams of an item that a sketch could hold, below which it says nothing
 SKETCH_SHARE = 0.5  # share of an item's 13-grams in a sketch, from which it counts as seen
 # What was found, the worst first. grams: by a sketch, which knows 13-grams only; unknown: too short for one
@@ -90,7 +88,7 @@ def segments(item: SoughtItem) -> list[Codes]:
 
 def segment_grams(parts: Sequence[Codes], n: int) -> np.ndarray:
     found = [hash_grams(part, n) for part in parts]
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
+    return sorted_unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
 
 
 class GramIndex:
@@ -136,7 +134,7 @@ def distinct_grams(owners: np.ndarray, cells: np.ndarray, grams: np.ndarray) -> 
     """
     width, depth = int(cells.max()) + 1, int(grams.max()) + 1
     assert (int(owners.max()) + 1) * width * depth < 2**63
-    hits = np.unique((owners * width + cells) * depth + grams)
+    hits = sorted_unique((owners * width + cells) * depth + grams)
     pairs, counts = np.unique(hits // depth, return_counts=True)
     return np.stack(np.divmod(pairs, width)), counts
 
@@ -160,7 +158,7 @@ class Detector:
             prepared.short = segment_grams(parts, SHORT)
             prepared.length = sum(map(len, texts))
             self.prepared.append(prepared)
-            long.append(segment_grams(parts, LONG))
+            long.append(segment_grams(parts, NGRAM))
             grams = segment_grams(parts, SEED_GRAM)
             if len(grams) >= SEED_GRAM:
                 seeds.append(grams)
@@ -174,7 +172,7 @@ class Detector:
                 small_items.append(number)
                 needed.append(max(2, int(0.4 * len(small[-1]))))
         self.needed: np.ndarray = np.array(needed, dtype=np.int64)
-        self.long = GramIndex(LONG, long, range(len(long)))
+        self.long = GramIndex(NGRAM, long, range(len(long)))
         self.long_counts: np.ndarray = np.array([len(grams) for grams in long])
         self.best_grams: np.ndarray = np.zeros(len(self.items))
         self.indices = [GramIndex(SEED_GRAM, seeds, large_items), GramIndex(SMALL_SEED, small, small_items)]
@@ -320,78 +318,51 @@ def excerpt(window: str, question: str, length: int = 80) -> str:
 # --------------------------------------------------------------------------------------------------------------- sketch
 
 
-class Sketch(NamedTuple):
-    """The 13-grams of a training set with hashes up to `limit`, sorted; all of them where `limit` is the largest."""
-
-    grams: np.ndarray  # (G,) uint64
-    limit: int
-    rows: int
-    characters: int
-
-
-def build_sketch(texts: Iterable[str], most: int = SKETCH_GRAMS) -> Sketch:
-    """Read texts as a stream; whenever more than `most` grams are held, the half with the larger hashes is left out."""
-    grams: np.ndarray = np.zeros(0, dtype=np.uint64)
-    waiting: list[np.ndarray] = []
-    limit, held, rows, characters = 2**64 - 1, 0, 0, 0
-    for text in texts:
-        found = hash_grams(to_codes(text), LONG)
-        waiting.append(found[found <= limit])
-        held += len(waiting[-1])
-        rows, characters = rows + 1, characters + len(text)
-        if held >= most:
-            grams, waiting, held = np.unique(np.concatenate([grams, *waiting])), [], 0
-            while len(grams) > most:
-                limit //= 2
-                grams = grams[grams <= limit]
-    grams = np.unique(np.concatenate([grams, *waiting]))
-    while len(grams) > most:
-        limit //= 2
-        grams = grams[grams <= limit]
-    return Sketch(grams, limit, rows, characters)
-
-
-def training_texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The texts of canonical rows (`suwen.data.load_rows`), for `write_sketch`."""
-    return (row_texts({key: value for key, value in row.items() if key != "where"}) for row in rows)
-
-
-def write_sketch(path: Path, texts: Iterable[str]) -> Sketch:
-    """Build the sketch of a training set and write it, in one step, as a safetensors file."""
-    from safetensors.numpy import save
-
-    sketch = build_sketch(texts)
-    values = {"version": VERSION, "ngram": LONG, "limit": sketch.limit, "rows": sketch.rows,
-              "characters": sketch.characters}  # fmt: skip
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(save({"grams": sketch.grams}, {key: str(value) for key, value in values.items()}))
-    os.replace(temporary, path)
-    return sketch
-
-
-def load_sketch(path: Path) -> Sketch:
-    """Raises ValueError where the file is none, or of another version."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            values, grams = file.metadata() or {}, file.get_tensor("grams")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"--sketch {path}: found no sketch ({error}), expected a file that a training wrote") from None
-    if values.get("version") != str(VERSION) or values.get("ngram") != str(LONG):
-        raise ValueError(f"--sketch {path}: of version {values.get('version')}, expected {VERSION}")
-    return Sketch(grams, int(values["limit"]), int(values["rows"]), int(values["characters"]))
-
-
 def check_sketch(items: Sequence[SoughtItem], sketch: Sketch) -> list[Match]:
     """The share of each item's 13-grams that a sketch holds; of those it could hold."""
     matches = []
     for item in items:
-        grams = segment_grams(segments(item), LONG)
-        grams = grams[grams <= sketch.limit]
-        places = np.minimum(np.searchsorted(sketch.grams, grams), max(len(sketch.grams) - 1, 0))
-        share = float((sketch.grams[places] == grams).mean()) if len(grams) and len(sketch.grams) else 0.0
-        kind = "unknown" if len(grams) < LEAST_SKETCHED else "grams" if share >= SKETCH_SHARE else "clean"
+        possible, share = sketch.shares(segment_grams(segments(item), NGRAM))
+        kind = "unknown" if possible < LEAST_SKETCHED else "grams" if share >= SKETCH_SHARE else "clean"
         matches.append(Match(kind, round(share, 4), round(share, 4), "", ""))
     return matches
+
+
+def find_sketches(path: str) -> tuple[list[Path], list[str]]:
+    """The sketches of a model: of its last training, of that of its start, and so on to the base.
+
+    Args:
+        path: folder of a stage or of a merged model, or a sketch itself.
+
+    Returns:
+        the files, and a line for each model on the way whose training data is not known.
+
+    Raises:
+        ValueError: there is none at all.
+    """
+    if Path(path).is_file():
+        return [Path(path)], []
+    if Path(path).is_file():
+        return [Path(path)], []
+    found: list[Path] = []
+    unknown: list[str] = []
+    seen: set[Path] = set()
+    link: dict[str, Any] = {"path": path}
+    while (folder := Path(link["path"])).is_dir() and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        if changed(str(folder), link):
+            unknown.append(f"{folder}: has changed since it was gone on from; what it had read by then is not known")
+            break
+        if (folder / SKETCH_FILE).is_file():
+            found.append(folder / SKETCH_FILE)
+        record = read_json(folder / "run.json").get("lineage") or read_json(folder / "merge.json").get("adapters")
+        if not (folder / SKETCH_FILE).is_file() and not (folder / "merge.json").is_file():
+            unknown.append(f"{folder}: has no sketch; what it was trained on is not known")
+        if not record:
+            break
+        link = record[-1]
+    if not found:
+        raise ValueError(
+            f"--sketch {path}: found none, expected {SKETCH_FILE}, or the folder of a training that left one"
+        )
+    return found, unknown

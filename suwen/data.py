@@ -27,10 +27,21 @@ from tqdm import tqdm
 
 from suwen import readers
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
-from suwen.parallel import BATCH_ROWS, OF_SOME_PAIRS, ArrowFile, Encode, available_cores, build_batches, encode_all
+from suwen.parallel import (
+    BATCH_ROWS,
+    OF_SOME_PAIRS,
+    ArrowFile,
+    Batch,
+    Encode,
+    available_cores,
+    build_batches,
+    encode_all,
+)
 from suwen.questions import OPTION_KEYS, prompt_rows
 from suwen.readers import Encoding, Refusal, Source, parse_sources
 from suwen.sampling import choose_rows, count_among, keep_on_disk, prompt_hash, thin
+from suwen.sketch import FILE as SKETCH_FILE
+from suwen.sketch import SketchBuilder, write_sketch
 from suwen.tables import width
 
 if TYPE_CHECKING:
@@ -133,6 +144,7 @@ class PreparedData:
     train: Dataset
     validation: Dataset | None
     report: Report
+    sketch: Path  # of what is trained on, for tools/check_contamination.py (`suwen.sketch`)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -311,7 +323,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
         report.rejected_file = str(target)
     train = _open(folder / "train.arrow")
     assert train is not None
-    return PreparedData(train, _open(folder / "validation.arrow"), report)
+    return PreparedData(train, _open(folder / "validation.arrow"), report, folder / SKETCH_FILE)
 
 
 def _check_arguments(data: DataArguments) -> None:
@@ -449,7 +461,15 @@ def _build(
         files = [file for source in sources for file in source.files]
         return _read_files(files, schema, data.columns, "skip", _RejectedRows(None), Report(), encodings)
 
-    batches = build_batches(second_pass(train_sources), times, held)
+    sketch = SketchBuilder()
+
+    def sketched(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for training, rows, repeated in batches:
+            if training:
+                sketch.add(rows)
+            yield training, rows, repeated
+
+    batches = sketched(build_batches(second_pass(train_sources), times, held))
     if validation_sources:
         nothing: np.ndarray = np.zeros(len(chosen), dtype=np.int32)
         batches = itertools.chain(batches, build_batches(second_pass(validation_sources), nothing, chosen))
@@ -461,6 +481,7 @@ def _build(
     if not report.rows_encoded:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report.rows_dropped.items()) or "none chosen"
         raise ValueError(f"--train_file_dir {data.train_file_dir}: no row left to train on ({reasons})")
+    write_sketch(folder / SKETCH_FILE, sketch.finish())
     report.fingerprint = sinks[True].digest.hexdigest()
     report.seconds = time.monotonic() - began
     return report

@@ -27,7 +27,7 @@ from suwen.comparison import compare_folders, summarise_run
 from suwen.prompts import AnswerFile, folder_state, run_difference, run_record, set_aside, with_system_prompt
 from suwen.readers import find_files, hash_file
 from suwen.records import timestamp, versions, write_json
-from suwen.report import format_comparison, format_results, write_report
+from suwen.report import format_overview, format_pairs, format_results, write_report
 from suwen.runs import load_run
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def parse_data_files(text: str | None, tasks: Sequence[Task]) -> dict[str, list[
     return found
 
 
-def find_task_files(task: Task, data_dir: str | None, data_files: dict[str, list[Path]]) -> list[Path]:
+def find_task_files(
+    task: Task, data_dir: str | None, data_files: dict[str, list[Path]], flag: str = "--data_dir"
+) -> list[Path]:
     """The files of a task: those named, else those in `data_dir` that fit, else the project's own.
 
     In `data_dir` (with its folders) a file fits by its name or by a folder named after the task. Of several, those
@@ -107,7 +109,7 @@ def find_task_files(task: Task, data_dir: str | None, data_files: dict[str, list
     if data_dir and task.patterns:
         root = Path(data_dir)
         fitting = []
-        for file in find_files(data_dir, "--data_dir")[0]:
+        for file in find_files(data_dir, flag)[0]:
             inside = file.relative_to(root) if root.is_dir() else Path(file.name)
             folders = [part.lower() for part in inside.parts[:-1]]
             named = any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in task.patterns)
@@ -121,10 +123,11 @@ def find_task_files(task: Task, data_dir: str | None, data_files: dict[str, list
             return [file for file, _ in fitting]
     if task.default_file:
         return [OWN_DATA / task.default_file]
-    where = f"found none in --data_dir {data_dir}" if data_dir else "none was given"
+    where = f"found none in {flag} {data_dir}" if data_dir else "none was given"
+    by_name = f"--data_file {task.name}=FILE or " if flag == "--data_dir" else ""
     raise ValueError(
-        f"--tasks {task.name}: needs a file ({where}), expected --data_file {task.name}=FILE or a file named "
-        f"{' or '.join(task.patterns)} in --data_dir; {task.source}"
+        f"--tasks {task.name}: needs a file ({where}), expected {by_name}a file named "
+        f"{' or '.join(task.patterns)} in {flag}; {task.source}"
     )
 
 
@@ -246,7 +249,9 @@ def run_mode(
         }
         answers = ask(messages, longest)
     title = f"{task.name}, {mode}"
-    with tqdm(total=len(items), initial=len(items) - len(todo), desc=title, unit=" items", leave=False) as progress:
+    with tqdm(
+        total=len(items), initial=len(items) - len(todo), desc=title, unit=" items", disable=None, leave=False
+    ) as progress:
         for index, answer in answers:
             record = {"index": index, **static_fields(items[index]), **answer}
             if mode == "generate":
@@ -367,23 +372,25 @@ def evaluate_stage(
     model_path: str,
     tasks: str,
     output_dir: str | Path,
-    before: str | Path | None = None,
+    earlier: Sequence[str | Path] = (),
     data_dir: str | None = None,
     data_file: str | None = None,
     settings: Settings | None = None,
     served: Served | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate what a stage has saved, and compare it with the evaluation of the stage before.
+    """Evaluate a stage, and compare it with the evaluations of the stage before and of its own steps.
 
     Args:
         model_path: finished stage, model or LoRA folder.
         tasks: as --tasks.
         output_dir: such as outputs/sft/eval, or outputs/sft/eval/step-500 during a training.
-        before: evaluation folder of the stage before; left out where it holds no results.
+        earlier: evaluation folders to compare with, in their order; those that hold no results are left out.
         served: the model if it is in memory already, as during a training; it must be in evaluation mode.
+        step: of a training that goes on: its weights are in memory alone, and an overview is all that is printed.
 
     Returns:
-        {"results": ..., "comparison": ... or None}; both are printed as tables, too.
+        {"results": ..., "comparison": ... or None}.
     """
     from suwen.serving import load_served
 
@@ -398,12 +405,23 @@ def evaluate_stage(
     served = served or load_served(args)
     output = Path(output_dir)
     identity = model_identity(args, served.names)
-    read = read_tasks(chosen, files, settings)
+    if step is not None:  # each time other weights, whatever lies in the folder
+        identity |= {"weights": None, "step": step, "asked_at": timestamp()}
+    if step is None:
+        read = read_tasks(chosen, files, settings)
+    else:
+        read = {task.name: read_items(task, files[task.name], settings.max_samples) for task in chosen}
     ask = ask_model(served, settings.batch_size)
     results = evaluate(chosen, files, output, settings, identity, served, ask, read)
-    print(format_results(results), flush=True)
+    folders = [folder for folder in earlier if (Path(folder) / "results.json").is_file()]
     comparison = None
-    if before and (Path(before) / "results.json").is_file():
-        comparison = compare_folders([before, output], output / "comparison.json", output / "report.html")
-        print(format_comparison(comparison), flush=True)
+    if folders:
+        comparison = compare_folders([*folders, output], output / "comparison.json", output / "report.html")
+    if step is not None:
+        print(format_overview(comparison or {"results": [results], "pairs": []}), flush=True)
+        return {"results": results, "comparison": comparison}
+    print(format_results(results), flush=True)
+    if comparison:
+        # of the way there the overview says enough; the last pair is the end against the start
+        print(format_overview(comparison) + "\n\n" + format_pairs(comparison["pairs"][-1:]), flush=True)
     return {"results": results, "comparison": comparison}

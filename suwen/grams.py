@@ -81,6 +81,12 @@ def hash_grams(codes: Codes, n: int) -> np.ndarray:
         return mixed ^ (mixed >> np.uint64(31))
 
 
+def sorted_unique(values: np.ndarray) -> np.ndarray:
+    """np.unique by sorting: its hash table (numpy 2.3) takes twenty times as long for a million hashes."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+
+
 def strings(value: Any) -> Iterator[str]:
     """Every text in a row of any shape."""
     if isinstance(value, str):

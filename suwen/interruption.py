@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -12,6 +14,10 @@ from suwen.progress import main_process, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 3.0  # a launcher passes on what its processes have got from the terminal or the scheduler already
+
+
+class BrokenOff(Exception):
+    """A signal came in the middle of `StopSignals.breaking_off`."""
 
 
 class StopSignals:
@@ -25,6 +31,7 @@ class StopSignals:
         self.received = 0
         self._at = 0.0
         self._before: dict[int, Any] = {}
+        self._breaks_off = False
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -32,6 +39,15 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """A signal raises BrokenOff at once, for work beside the training that need not be finished."""
+        self._breaks_off = True
+        try:
+            yield
+        finally:
+            self._breaks_off = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
@@ -43,6 +59,8 @@ class StopSignals:
         if main_process():  # not by print, whose buffer may be in use at this moment
             name = signal.Signals(number).name
             os.write(1, f"\n{name}: stopping after this step, with a checkpoint; once more to stop at once\n".encode())
+        if self._breaks_off:
+            raise BrokenOff("broken off by a signal")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -30,6 +30,7 @@ from suwen.actor_critic import ActorCritic, Reference
 from suwen.batches import pack_rows, pad_rows
 from suwen.generation_settings import GenerationSettings
 from suwen.head import count_chunks
+from suwen.interruption import StopSignals
 from suwen.models import without_adapter, without_dropout
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
@@ -90,6 +91,7 @@ class PolicyTrainer:
         self._prepare(pure_bf16)
         self.reference = Reference(model, new_adapter=peft_config is not None)
         self.kl_coefficient = settings.kl_coef
+        self.signals = StopSignals()  # entered by the caller
         self.on_nonfinite = "stop"
         self.step = 0
         self.history: list[dict[str, Any]] = []

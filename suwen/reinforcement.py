@@ -16,7 +16,6 @@ from suwen import stage
 from suwen.arguments import StageArguments
 from suwen.checkpoint import Saves, list_checkpoints, named_step
 from suwen.failures import explained
-from suwen.interruption import StopSignals
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
 from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer, describe_updates
@@ -24,6 +23,7 @@ from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
 from suwen.resuming import about_run, finished_before, resume_from
 from suwen.saved_weights import require_equal, state_bytes
+from suwen.stage_tasks import ask_at_step, ask_saved, ask_tasks, forget_steps_after
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
@@ -69,24 +69,29 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     checkpoint = resume_from(args, record, output)
     if earlier := finished_before(args, record, output):
         stage.finish(trainer, earlier, output)
+        if args.run.eval_tasks and main_process():
+            ask_saved(args, start)
         return earlier
     if main_process():
         write_json(output / "run.json", record)
+        shutil.copyfile(data.sketch, output / data.sketch.name)
     if checkpoint:
         load_checkpoint(trainer, checkpoint)
     forget_lines_after(output, trainer.step if checkpoint else -1)
+    if main_process():
+        forget_steps_after(output, trainer.step)
     limits = Limits(**{name.removeprefix("alarm_"): value for name, value in vars(given).items() if "alarm_" in name})
     trainer.accelerator.init_trackers(args.stage)
     seen, began = trainer.tokens_seen, trainer.step
-    about, signals = about_run(record), StopSignals()
+    about = about_run(record)
     trainer.on_nonfinite = args.run.on_nonfinite
     if trainer.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its gradient is seen; expected stop")
-    with explained(output, args.outlook, config.world_size), signals:
-        reason = train(trainer, output, limits, about, signals)
+    with explained(output, args.outlook, config.world_size), trainer.signals:
+        reason = train(trainer, args, start, limits, about)
     for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
         tracker.finish()
-    signals.leave(trainer.step)
+    trainer.signals.leave(trainer.step)
     say(*stage.changed_since(data))
     updates = [entry for entry in trainer.history if "kl" in entry]
     seconds = sum(e["rollout_seconds"] + e["update_seconds"] for e in updates if e["step"] > began)
@@ -120,15 +125,15 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     if reason:
         raise ValueError(reason)
     if args.run.eval_tasks and main_process():
-        stage.evaluate_result(trainer, args, output, start)
+        ask_tasks(trainer, args, start)
     return record
 
 
 def train(
-    trainer: PolicyTrainer, output: Path, limits: Limits, about: dict[str, Any], signals: StopSignals
+    trainer: PolicyTrainer, args: StageArguments, start: str, limits: Limits, about: dict[str, Any]
 ) -> str | None:
     """Updates to the last one, to a signal, or to an alarm, whose reason is returned."""
-    config, total = trainer.args, trainer.planned_updates()
+    config, total, output = trainer.args, trainer.planned_updates(), Path(args.run.output_dir)
     evaluates = trainer.eval_dataset is not None and config.eval_strategy != "no"
     if evaluates and not trainer.history:
         evaluate(trainer, output, total)
@@ -152,11 +157,15 @@ def train(
                 return f"stopped at update {trainer.step}: {reason}"
             regular = config.save_strategy != "no" and trainer.step % max(1, int(config.save_steps)) == 0
             # A signal reaches the ranks in different updates; all stop after the same one
-            stops = trainer.accelerator.reduce(torch.tensor(signals.received, device=config.device)).item() > 0
+            stops = trainer.accelerator.reduce(torch.tensor(trainer.signals.received, device=config.device)).item() > 0
             if improved or regular or stops:
                 save_checkpoint(trainer, output, about)
             if stops:
                 break
+            if args.run.eval_tasks_steps and trainer.step % args.run.eval_tasks_steps == 0 and not last:
+                if main_process():
+                    trainer.accelerator.log(ask_at_step(trainer, args, start, trainer.step), step=trainer.step)
+                trainer.accelerator.wait_for_everyone()
     return None
 
 

@@ -40,6 +40,20 @@ def p_value(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
+def pace(entry: dict[str, Any], mode: str) -> str:
+    """Seconds that a thousand items took, of those that were asked when last there was something to ask."""
+    timing = entry["data"].get("timing", {}).get(mode)
+    return f"{1000 * timing['seconds'] / timing['answered']:.1f}" if timing else ""
+
+
+def unfinished(results: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """A line for each mode whose asking was cut off: only one that is whole has its time in the header."""
+    cut = [mode for mode in entry["modes"] if results["run"] and mode not in entry["data"].get("timing", {})]
+    return [
+        f"{mode}: cut off after {entry['modes'][mode]['n']:,} items; its command goes on from there" for mode in cut
+    ]
+
+
 def unit_of(metric: str) -> str:
     return "bits" if metric.startswith("bits") else "" if metric.startswith("perplexity") else "%"
 
@@ -49,7 +63,7 @@ def unit_of(metric: str) -> str:
 
 def format_results(results: dict[str, Any]) -> str:
     """The scores of one model for the terminal."""
-    rows = [["task", "mode", "score", "value", "95 % interval", "items"]]
+    rows = [["task", "mode", "score", "value", "95 % interval", "items", "s for 1,000"]]
     notes = []
     for name, entry in results["tasks"].items():
         for mode, summary in entry["modes"].items():
@@ -60,11 +74,21 @@ def format_results(results: dict[str, Any]) -> str:
                 first = metric == entry["headline"]
                 shown = number(score["value"], " %" if unit_of(metric) == "%" else "")
                 label = (name, mode) if first else ("", "")
-                rows.append([*label, metric, shown, interval(score), f"{summary['n']:,}" if first else ""])
+                rows.append(
+                    [
+                        *label,
+                        metric,
+                        shown,
+                        interval(score),
+                        f"{summary['n']:,}" if first else "",
+                        pace(entry, mode) if first else "",
+                    ]
+                )
         for summary in entry["modes"].values():
             shown_scores = {m: s for m, s in summary["metrics"].items() if m in {*ALSO_SHOWN, entry["headline"]}}
             signatures = [score["signature"] for score in shown_scores.values() if "signature" in score]
             notes += [f"{name}: {' '.join(signatures)}"] if signatures else []
+        notes += [f"{name}, {part}" for part in unfinished(results, entry)]
         floors = next(iter(entry["modes"].values())).get("floors", {})
         if floors:
             notes.append(f"{name}: " + ", ".join(f"{floor} {value:.1f} %" for floor, value in floors.items()))
@@ -101,8 +125,13 @@ def format_overview(comparison: dict[str, Any]) -> str:
 
 def format_comparison(comparison: dict[str, Any]) -> str:
     """Stages against each other for the terminal."""
-    lines = [format_overview(comparison), ""] if len(comparison.get("results", ())) > 1 else []
-    for pair in comparison["pairs"]:
+    overview = f"{format_overview(comparison)}\n\n" if len(comparison.get("results", ())) > 1 else ""
+    return overview + format_pairs(comparison["pairs"])
+
+
+def format_pairs(pairs: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for pair in pairs:
         rows = [["task", "mode", "score", pair["first"], pair["second"], "difference", "interval", "p (Holm)", ""]]
         for row in pair["rows"]:
             if "problem" in row:
@@ -223,7 +252,8 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
     having = [(run, r["tasks"][name]) for run, r in zip(runs, results, strict=True) if name in r["tasks"]]
     entry = having[-1][1]
     parts = [tag("h2", html.escape(entry["title"]), id=name)]
-    notes = [*entry["data"].get("notes", []), f"{name} v{entry['version']}; {entry['source']}"]
+    cut = [f"{run.name}, {line}" for run, e in having for line in unfinished({"run": run.header}, e)]
+    notes = [*cut, *entry["data"].get("notes", []), f"{name} v{entry['version']}; {entry['source']}"]
     parts.append(tag("p", html.escape("; ".join(notes)), class_="soft"))
     modes = list(dict.fromkeys(mode for _, e in having for mode in e["modes"]))
     points = [
@@ -251,6 +281,7 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
         for key, title in (("empty", "empty answers"), ("cut_off", "answers cut off at their longest")):
             if any(s and s.get(key) for s in summaries):
                 rows.append([title, *(f"{s.get(key, 0):,}" if s else "" for s in summaries)])
+        rows.append(["seconds for 1,000 items", *(pace(e, mode) for _, e in having)])
         parts.append(tag("h3", mode) + html_table(["score", *(run.name for run, _ in having)], rows))
     for run, e in having:
         parts.append(breakdown(run.name, e, modes))

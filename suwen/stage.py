@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,7 @@ from suwen import attention, planning
 from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step
 from suwen.data import changed_files
-from suwen.encoding import ChatEncoder
-from suwen.evaluate import Settings, evaluate_stage, parse_tasks
 from suwen.failures import explained
-from suwen.generation import model_window
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
     describe_lineage,
@@ -51,8 +49,9 @@ from suwen.records import (
     without_secrets,
     write_json,
 )
+from suwen.rescale import engine_in_use
 from suwen.resuming import about_run, finished_before, identity, resume_from
-from suwen.serving import Served
+from suwen.stage_tasks import AskTasks, ask_saved, ask_tasks, check_tasks
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
@@ -94,8 +93,8 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             raise ValueError(f"--{name}: {why}; leave it out")
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
-    if args.run.eval_tasks:
-        parse_tasks(args.run.eval_tasks, flag="--eval_tasks")
+    trains = library.get("do_train") or not (library.get("do_eval") or "do_train" in library)
+    check_tasks(args.run, trains, "deepspeed" if uses_deepspeed(library) else engine_in_use())
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     if not args.run.dry_run:
@@ -311,6 +310,7 @@ def run_stage(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(StageProgress() if not config.disable_tqdm else StageLines())
+    trainer.add_callback(AskTasks(trainer, args, start))
     record = describe_run(trainer, args, data, start, extra or {})
     say(
         *data.report.lines(),
@@ -326,9 +326,12 @@ def run_stage(
     checkpoint = resume_from(args, record, output)
     if earlier := finished_before(args, record, output):
         finish(trainer, earlier, output)
+        if args.run.eval_tasks and main_process():
+            ask_saved(args, start)
         return earlier
     if main_process():
         write_json(output / "run.json", record)
+        shutil.copyfile(data.sketch, output / data.sketch.name)
     trainer.about, trainer.nonfinite.action = about_run(record), args.run.on_nonfinite
     if args.run.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
@@ -349,23 +352,8 @@ def run_stage(
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
     finish(trainer, record, output, "run.json")
     if args.run.eval_tasks and main_process():
-        evaluate_result(trainer, args, output, start)
+        ask_tasks(trainer, args, start)
     return record
-
-
-def evaluate_result(trainer: Any, args: StageArguments, output: Path, start: str) -> None:
-    """Ask the model that was just trained the benchmarks of --eval_tasks, and compare it with its start."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        say(f"spread over processes, not asked now: python evaluation.py --base_model {output} --tasks ...")
-        return
-    encoder = ChatEncoder(trainer.processing_class, thinking_mode(args.data.thinking))
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    served = Served(model, encoder, [str(output)], model_window(model))
-    settings = Settings(max_samples=args.run.eval_task_samples)
-    before = Path(start) / "eval"
-    evaluate_stage(
-        str(output), args.run.eval_tasks or "", output / "eval", before, args.run.eval_data_dir, None, settings, served
-    )
 
 
 def describe_run(

@@ -5,22 +5,21 @@ import random
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from suwen.benchmarks import TASKS
 from suwen.benchmarks.task import read_items
 from suwen.contamination import (
     Detector,
     SoughtItem,
-    build_sketch,
     check_sketch,
-    load_sketch,
-    training_texts,
-    write_sketch,
+    find_sketches,
 )
 from suwen.data import load_rows
 from suwen.embedded import sample_texts
 from suwen.evaluate import OWN_DATA
-from suwen.grams import hash_grams, to_codes, to_text
+from suwen.grams import hash_grams, sorted_unique, to_codes, to_text
+from suwen.sketch import FILE, SketchBuilder, load_sketch, write_sketch
 
 REWORDED = (
     ("患者", "病人"), ("下列", "以下"), ("最常见", "最多见"), ("首选", "优先选择"), ("主要", "最主要的"),
@@ -122,18 +121,36 @@ def test_hashes_of_grams_depend_on_the_gram_alone():
     assert len(hash_grams(codes[:5], 8)) == 0
 
 
+def test_sorting_finds_what_numpy_finds_unique():
+    for values in ([], [3], [5, 1, 5, 2, 1], [0, 2**64 - 1, 0]):
+        hashes = np.array(values, dtype=np.uint64)
+        assert np.array_equal(sorted_unique(hashes), np.unique(hashes))
+
+
 def test_letters_and_digits_are_what_is_compared():
     assert to_text(to_codes("高血压（ＡＢＣ），５㎎/d…①é㎍！")) == "高血压abc5mgd1eμg"
     assert to_text(to_codes("㎎a㎎\0b")) == "mgamg\0b"
     assert len(to_codes("，。 \n")) == 0
 
 
+def rows_of(texts):
+    return [{"text": text, "where": f"row {i}"} for i, text in enumerate(texts)]
+
+
+def build_sketch(texts, **settings):
+    builder = SketchBuilder(**settings)
+    builder.add(rows_of(texts))
+    return builder.finish()
+
+
 def test_a_sketch_stands_for_its_data(tmp_path):
     items = own_items()
     rows = [as_text(item, item.options[::-1]) for item in items[:20]] + sorted(sample_texts())
-    sketch = write_sketch(tmp_path / "sketch.safetensors", rows)
+    sketch = build_sketch(rows)
+    write_sketch(tmp_path / "sketch.safetensors", sketch)
     again = load_sketch(tmp_path / "sketch.safetensors")
-    assert np.array_equal(again.grams, sketch.grams) and again[1:] == sketch[1:] and again.rows == len(rows)
+    assert np.array_equal(again.grams, sketch.grams) and again[1:] == sketch[1:]
+    assert (again.rows, again.characters) == (len(rows), sum(map(len, rows))) and again.complete
     found = [match.kind for match in check_sketch(items, again)]
     long = [len(to_codes(item.question)) >= 17 for item in items]  # five 13-grams
     assert sum(long[:20]) >= 5
@@ -141,12 +158,25 @@ def test_a_sketch_stands_for_its_data(tmp_path):
     assert "grams" not in found[20:]
 
 
-def test_a_sketch_is_written_of_the_rows_that_a_stage_trains_on(tmp_path):
+def test_a_sketch_holds_the_grams_of_each_row_and_none_across_two():
+    rows = ["高血压患者应当低盐饮食按时服药定期测量血压", "短", "", "糖尿病的典型症状是多饮、多食、多尿和体重下降。"]
+    alone = np.concatenate([hash_grams(to_codes(row), 13) for row in rows])
+    expected = np.unique(alone >> np.uint64(32)).astype(np.uint32)
+    assert np.array_equal(build_sketch(rows).grams, expected)
+    in_two = SketchBuilder()
+    for row in rows_of(rows):
+        in_two.add([row])
+    assert np.array_equal(in_two.finish().grams, expected)
+
+
+def test_a_sketch_is_made_of_the_rows_that_a_stage_trains_on(tmp_path):
     item = own_items()[2]
     file = tmp_path / "train.jsonl"
     row = {"question": item.question + "".join(item.options), "answer": "见书。"}
     file.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    sketch = write_sketch(tmp_path / "s.safetensors", training_texts(load_rows(str(file), "conversation")))
+    builder = SketchBuilder()
+    builder.add(load_rows(str(file), "conversation"))
+    sketch = builder.finish()
     assert sketch.rows == 1 and check_sketch([item], sketch)[0].grams == 1
     where = SoughtItem("2", str(file) + str(file))
     assert check_sketch([where], sketch)[0].grams == 0
@@ -156,8 +186,11 @@ def test_a_sketch_of_much_data_keeps_a_fixed_share():
     rng = random.Random(0)
     rows = ["".join(chr(0x4E00 + rng.randrange(20_000)) for _ in range(500)) for _ in range(100)]
     whole, small = build_sketch(rows), build_sketch(rows, most=5_000)
-    assert len(whole.grams) == 100 * 488 and 2_000 < len(small.grams) <= 5_000
-    assert np.array_equal(small.grams, whole.grams[whole.grams <= small.limit])
+    assert whole.complete and len(whole.grams) == 100 * 488 and 2_000 < len(small.grams) <= 5_000
+    assert small.limit == 2**60 - 1  # of 48,800 grams a sixteenth
+    hashes = np.concatenate([hash_grams(to_codes(row), 13) for row in rows])
+    kept = hashes[hashes <= small.limit] >> np.uint64(28)
+    assert np.array_equal(small.grams, np.unique(kept).astype(np.uint32))
     seen = [SoughtItem(str(i), row[100:300]) for i, row in enumerate(rows[:50])]
     found = [match.kind for match in check_sketch(seen, small)]
     assert set(found) <= {"grams", "unknown"} and found.count("grams") > 40  # few of a text's grams may be kept
@@ -169,3 +202,30 @@ def test_a_file_that_is_no_sketch_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="found no sketch"):
         load_sketch(tmp_path / "x")
+
+
+def stage_folder(path, texts=(), **record):
+    path.mkdir()
+    if texts:
+        write_sketch(path / FILE, build_sketch(texts))
+    for name, value in record.items():
+        (path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return str(path)
+
+
+def test_the_sketches_of_a_model_are_those_of_all_its_trainings(tmp_path):
+    base = stage_folder(tmp_path / "base")
+    pt = stage_folder(tmp_path / "pt", ["甲" * 20], run={"lineage": [{"path": base}]})
+    sft = stage_folder(tmp_path / "sft", ["乙" * 20], run={"lineage": [{"path": base}, {"path": pt}]})
+    merged = stage_folder(tmp_path / "merged", merge={"adapters": [{"path": pt}, {"path": sft}]})
+    for start in (sft, merged):
+        files, unknown = find_sketches(start)
+        assert [file.parent.name for file in files] == ["sft", "pt"]
+        assert unknown == [f"{base}: has no sketch; what it was trained on is not known"]
+    assert find_sketches(f"{sft}/{FILE}") == ([tmp_path / "sft" / FILE], [])
+    with pytest.raises(ValueError, match="--sketch .*base: found none"):
+        find_sketches(base)
+    save_file({"w": np.ones(4, dtype=np.float32)}, tmp_path / "pt" / "model.safetensors")
+    (tmp_path / "sft" / "run.json").write_text(json.dumps({"lineage": [{"path": pt, "fingerprint": "another"}]}))
+    files, unknown = find_sketches(sft)
+    assert len(files) == 1 and "pt: has changed since it was gone on from" in unknown[0]

@@ -161,6 +161,7 @@ def test_a_model_is_evaluated_on_all_own_tasks_and_the_report_stands_alone(model
     evaluation.main([*command, "--output_dir", str(out)])
     printed = capsys.readouterr().out
     assert "s for 1,000" in printed and "exam" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("exam  ") and " likelihood " in line)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert set(results["tasks"]) == set(TASK_SETS["own"])
     for name, entry in results["tasks"].items():
@@ -172,12 +173,15 @@ def test_a_model_is_evaluated_on_all_own_tasks_and_the_report_stands_alone(model
     assert summarise_run(load_run(out)) == results  # every table from the records
     assert format_results(results).count("likelihood") >= 4
     header = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    timing = header["tasks"]["exam"]["timing"]["likelihood"]
+    assert timing["answered"] == 3 and row.split()[-1] == f"{1000 * timing['seconds'] / 3:.1f}"
     assert header["model"]["names"] == [str(model_folder)] and "torch" in header["versions"]
     assert len(next(iter(header["tasks"]["exam"]["files"].values()))) == 64
 
     page = Page()
     page.feed((out / "report.html").read_text(encoding="utf-8"))
     assert not page.open and not page.loads
+    assert f"seconds for 1,000 items</td><td>{row.split()[-1]}</td>" in (out / "report.html").read_text("utf-8")
 
     # a second model, compared from the records alone
     shutil.copytree(out, tmp_path / "two" / "eval")
@@ -252,7 +256,7 @@ def test_a_stage_is_compared_with_the_one_before(model_folder, tmp_path, capsys)
         str(model_folder),
         "exam,facts",
         tmp_path / "sft/eval",
-        before=tmp_path / "pt/eval",
+        earlier=[tmp_path / "pt/eval"],
         settings=settings,
         served=served,
     )
@@ -286,7 +290,8 @@ def test_an_endpoint_is_evaluated_in_generate_mode(tmp_path, capsys):
 
 def test_files_are_found_by_name_and_split(tmp_path):
     for name in ("cmexam_train.csv", "cmexam_val.csv", "exam/cmexam_test.csv", "cmmlu/dev/anatomy.csv",
-                 "cmmlu/test/anatomy.csv", "cmmlu/test/virology.csv", "x.csv", "medqa/questions.jsonl"):  # fmt: skip
+                 "cmmlu/test/anatomy.csv", "cmmlu/test/virology.csv", "x.csv", "medqa/questions.jsonl",
+                 "sft/cmtmedqa.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x", encoding="utf-8")
 
@@ -347,3 +352,10 @@ def test_contamination_is_reported_with_the_scores_of_clean_items(model_folder, 
     assert found["kinds"]["exact"] == 5 and found["dirty_percent"] >= 25
     assert found["scores"]["generate"]["all"]["n"] == 20
     assert "train.jsonl, line 1" in capsys.readouterr().out
+
+
+def test_what_was_cut_off_is_not_shown_as_if_it_were_whole(model_folder, tmp_path):
+    results = run_cmexam(tmp_path, served_model(model_folder), exam_rows(4))
+    assert "cut off" not in format_results(results)
+    del results["tasks"]["cmexam"]["data"]["timing"]["generate"]  # written when the last item is answered
+    assert "cmexam, generate: cut off after 4 items" in format_results(results)

@@ -2,10 +2,11 @@
 
     python tools/check_contamination.py --tasks exam --train_file_dir data/sft,data/pretrain
     python tools/check_contamination.py --tasks cmexam --data_dir DIR --train_file_dir DIR --evaluation outputs/sft/eval
-    python tools/check_contamination.py --tasks cmexam --data_dir DIR --sketch outputs/sft/training_sketch.safetensors
+    python tools/check_contamination.py --tasks cmexam --data_dir DIR --sketch outputs/sft
 
 With --evaluation, a folder that evaluation.py wrote, the scores are also given on clean and on dirty items alone. With
---sketch the data itself is not needed: a training leaves the hashes of its 13-grams beside its weights.
+--sketch the data itself is not needed: a training leaves the hashes of its 13-grams beside its weights, in
+training_data.sketch. Those of the stages that a stage went on from are looked into as well.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", metavar="DIR", help="the test files, found by name")
     parser.add_argument("--data_file", metavar="FILE", help="the test file of one task, or cmexam=FILE,huatuo=FILE")
     parser.add_argument("--train_file_dir", metavar="A,B", help="training files and folders, of any format")
-    parser.add_argument("--sketch", metavar="A,B", help="sketches of training data, instead of the data")
+    parser.add_argument("--sketch", metavar="A,B", help="stages, merged models or sketches, instead of the data")
     parser.add_argument("--evaluation", metavar="DIR", help="an evaluation, for its scores on clean and dirty items")
     parser.add_argument("--output_dir", default="outputs/contamination", metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
@@ -57,7 +58,9 @@ def training_rows(sources: Sequence[Source], counts: Counter[str]) -> Iterator[t
     from suwen.grams import row_texts
 
     files = [file for source in sources for file in source.files]
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, leave=False) as progress:
+    with tqdm(
+        total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None, leave=False
+    ) as progress:
         for file in files:
             for record in read_records(file, find_encoding(file)):
                 if isinstance(record, Refusal):
@@ -78,10 +81,19 @@ def as_sought(item: Item) -> SoughtItem:
 
 
 def find_matches(args: argparse.Namespace, items: Sequence[SoughtItem]) -> list[Match]:
-    from suwen.contamination import KINDS, Detector, check_sketch, load_sketch
+    from suwen.contamination import KINDS, Detector, check_sketch, find_sketches
+    from suwen.sketch import load_sketch
 
     if args.sketch:
-        found = [check_sketch(items, load_sketch(Path(name.strip()))) for name in args.sketch.split(",")]
+        looked = [find_sketches(name.strip()) for name in args.sketch.split(",")]
+        found = []
+        for file in dict.fromkeys(file for files, _ in looked for file in files):
+            sketch = load_sketch(file)
+            kept = "all grams" if sketch.complete else f"one gram in {2**64 // (sketch.limit + 1)}"
+            print(f"{file}: {sketch.rows:,} rows, {sketch.characters:,} characters, {kept}")
+            found.append(check_sketch(items, sketch))
+        for line in dict.fromkeys(line for _, lines in looked for line in lines):
+            print(f"note: {line}")
         return [min(matches, key=lambda match: KINDS.index(match.kind)) for matches in zip(*found, strict=True)]
     sources = parse_sources(args.train_file_dir)
     detector, refused = Detector(items), Counter[str]()
@@ -158,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(output / "contamination.json", summary)
     print(table(rows))
     for _, _, name, question, match in sorted(worst, key=lambda entry: entry[:2])[:SHOWN]:
-        place = f"{match.where or 'sketch'}: {match.excerpt[:50]}"
+        place = f"{match.where}: {match.excerpt[:50]}" if match.where else "sketch"
         print(f"  {match.kind} {match.score:.2f}  {name}: {question[:50]}  <- {place}")
     for name, entry in summary["tasks"].items():
         for mode, scores in entry.get("scores", {}).items():

@@ -95,7 +95,8 @@ CMMLU = exam(
     "haonan-li/CMMLU; CC BY-NC-SA 4.0",
     huatuo_rows(38.73, 33.23, 50.37),
 )
-MEDQA = exam("medqa", "MedQA", ("*medqa*",), None, "jind11/MedQA; MIT")
+# not CMtMedQA, a set of dialogues
+MEDQA = exam("medqa", "MedQA", ("medqa*", "*[!a-z]medqa*"), None, "jind11/MedQA; MIT")
 GENERAL_QUESTIONS = exam(
     "general_questions",
     "Non-medical questions (forgetting meter)",
