@@ -46,13 +46,14 @@ from suwen.synthesis import (
     rng_of,
 )
 
-SCHEMAS = {"warmup": "conversation", "pretrain": "text", "sft": "conversation", "preference": "preference"}
+SCHEMAS = {"pretrain": "text", "sft": "conversation", "preference": "preference"}
 # What is made of a graph. ChiMed has its graphs in pretraining alone, QiZhen's records become instructions alone.
 PARTS = {
     "graph": ("pretrain", "sft", "exams", "preference"),
     "fictional": ("pretrain", "sft", "exams", "preference"),
     "chimed": ("pretrain",),
     "qizhen": ("sft",),
+    "reading": (),
 }
 ENTITIES_AT_ONCE = 50
 
@@ -63,7 +64,6 @@ class Shares:
 
     reading: float = 0.2  # reading examples among the rows of each stage
     replay: float = 0.1  # pretraining text among the rows of SFT
-    warmup: int = 0  # reading examples for a stage before all others
     evaluated: int = 300  # entities of each group that evaluation items are made of; the corpus has all
 
 
@@ -96,7 +96,6 @@ def graph_rows(
             if evaluated.issuperset(source.heads[relation, value]):
                 yield from (("evaluation", row) for row in reverse_items(relation, value, source))
     number = {stage: _beside(counts[stage], shares.reading) for stage in ("pretrain", "sft", "preference")}
-    yield from (("warmup", row) for row in reading_rows(reading, shares.warmup, "messages", "AB"))
     yield from (("pretrain", row) for row in reading_rows(reading, number["pretrain"], "text", "AB"))
     yield from (("sft", row) for row in reading_rows(reading, number["sft"], "messages", "A"))
     yield from (("preference", row) for row in reading_pair_rows(reading, number["preference"], "A"))

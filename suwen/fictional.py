@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 
 from suwen.knowledge_graph import Entity, Fact, Graph
@@ -59,14 +60,16 @@ def fictional_graph(
     num_entities: int = 75,
     seed: int = 42,
     relations: Sequence[str] = DEFAULT_RELATIONS,
-    apart_from: Graph | None = None,
+    reading: bool = False,
+    values_of: Graph | None = None,
 ) -> Graph:
     """A graph of invented diseases, one value for each relation; the same arguments give the same graph.
 
     Args:
         relations: of PARTS. Values are spread evenly; the lists grow with the square root of the size.
-        apart_from: a graph whose names are not used. Its values are used for one fact in two, new ones for the other:
-            made for reading examples, whose answers must be read and cannot be known.
+        reading: for reading examples, whose answers must be read and cannot be known: no graph of this kind shares a
+            name with one of the other kind, whatever their seeds.
+        values_of: a graph that gives the values of one fact in two; the other's are new.
 
     Raises:
         ValueError: an unknown relation, or more entities than there are names.
@@ -76,12 +79,11 @@ def fictional_graph(
         raise ValueError(f"relations: found {unknown[0]!r}, expected some of {', '.join(PARTS)}")
     if num_entities < 1:
         raise ValueError(f"number of entities: found {num_entities}, expected 1 or more")
-    rng = random.Random(f"fictional graph {seed} {num_entities} {apart_from is not None}")
-    taken = {entity.name for entity in apart_from.entities.values()} if apart_from else set()
-    known = apart_from.values() if apart_from else {}
-    names = _names(num_entities, rng, taken)
+    rng = random.Random(f"fictional graph {seed} {num_entities} {reading}")
+    known = values_of.values() if values_of else {}
+    names = _names(num_entities, rng, reading)
     graph = Graph()
-    prefix = "R" if apart_from else "X"
+    prefix = "R" if reading else "X"
     width = max(4, len(str(num_entities)))
     for number, name in enumerate(names, start=1):
         entity = Entity(f"{prefix}{number:0{width}d}", name, "疾病")
@@ -101,15 +103,14 @@ def fictional_graph(
     return graph
 
 
-def _names(count: int, rng: random.Random, taken: set[str]) -> list[str]:
+def _names(count: int, rng: random.Random, reading: bool) -> list[str]:
     """Names out of a grid that is hardly larger than needed, so that every name has many like it."""
-    used = {name.split("型")[0] for name in taken}
-    firsts: Iterator[str] = itertools.chain(
-        rng.sample(FIRST, len(FIRST)), map("".join, itertools.permutations(rng.sample(FIRST, len(FIRST)), 2))
-    )
+    longer = (itertools.permutations(rng.sample(FIRST, len(FIRST)), length) for length in (1, 2, 3))
+    firsts: Iterator[str] = map("".join, itertools.chain.from_iterable(longer))
+    firsts = (first for first in firsts if zlib.crc32(first.encode()) % 2 == reading)
     bases = rng.sample(BASES, min(len(BASES), max(2, round(math.sqrt(count)))))
     rows = math.ceil(1.15 * count / len(bases))
-    grid = list(itertools.islice((first for first in firsts if first not in used), rows))
+    grid = list(itertools.islice(firsts, rows))
     names = [f"{first}型{base}" for first in grid for base in bases]
     if len(names) < count:
         raise ValueError(f"number of entities: found {count}, expected at most {len(names)}")

@@ -289,7 +289,7 @@ def reading_rows(source: Source, count: int, form: Literal["text", "messages"], 
     """Passages with several questions on them, as text for pretraining or a conversation for SFT; of `groups` alone.
 
     The first question has the passages before it, as a served model gets them; the others follow it. With a fictional
-    graph use one apart from it (`fictional_graph(..., apart_from=graph)`): then nothing can be known and everything
+    graph use one apart from it (`fictional_graph(..., reading=True)`): then nothing can be known and everything
     must be read.
     """
     heads = [head for head in source.items if source.groups[head] in groups]

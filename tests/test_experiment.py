@@ -69,15 +69,24 @@ def test_an_own_model_starts_the_first_stage_and_learns_by_lora(planned, monkeyp
 
 def test_retrieval_adds_reading_to_the_data_and_passages_to_the_questions(planned):
     commands = planned("--size", "full")
-    assert files(commands)[1:5] == ["run_sft.sh", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
-    data, warmup, pt, sft, dpo = (words for _, words in commands[:5])
-    assert float(flag_of(data, "--reading")) > 0 and int(flag_of(data, "--warmup")) > 0
-    assert [flag_of(words, "--eval_tasks") for words in (warmup, pt, sft, dpo)] == [
-        *("injection", "injection"),
-        *("injection,retrieved", "injection,retrieved"),
-    ]
-    plain = planned()[0][1]
-    assert flag_of(plain, "--reading") == "0" and "--warmup" not in plain
+    names = [*2 * ["build_data.py", "run_sft.sh"], "build_data.py", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
+    assert files(commands)[:8] == names
+    data, pt, sft, dpo = (words for _, words in commands[4:8])
+    assert float(flag_of(data, "--reading")) > 0
+    tasks = ["injection", "injection,retrieved", "injection,retrieved"]
+    assert [flag_of(words, "--eval_tasks") for words in (pt, sft, dpo)] == tasks
+    assert flag_of(commands[-1][1], "--tasks") == "injection,retrieved"
+    assert flag_of(planned()[0][1], "--reading") == "0"
+
+
+def test_the_warm_up_is_made_once_and_starts_every_seed(planned):
+    commands = planned("--seeds", "2", "--stages", "warmup,sft")
+    trained = [command for command in commands if command[1][1].endswith("run_sft.sh")]
+    (one, words), (two, _), (first, _), (second, _) = trained
+    assert one["OUTPUT"] == two["MODEL"] and two["OUTPUT"] == first["MODEL"] == second["MODEL"]
+    assert two["OUTPUT"] == "outputs/pipeline/warmup/passages-2/model" and "--eval_tasks" not in words
+    built = [flag_of(words, "--passages") for _, words in commands if words[1].endswith("build_data.py")]
+    assert built == ["1", "2", "2", "2"]
 
 
 def test_ppo_learns_from_the_reward_model_and_goes_on_from_sft(planned):
@@ -101,6 +110,8 @@ def test_ablations_reach_the_data_and_the_stages(planned):
         (["--stages", "pt,sleep"], "--stages: found pt,sleep, expected some of warmup, pt"),
         (["--stages", "pt,pt"], "each once"),
         (["--stages", "retrieval"], "--stages: found retrieval"),
+        (["--stages", "pt,warmup"], "warmup comes before all others"),
+        (["--stages", "warmup"], "another stage after it"),
         (["--stages", "sft,ppo"], "ppo needs the reward model"),
         (["--stages", "pt,retrieval"], "retrieval is asked of sft"),
         (["--seeds", "0"], "--seeds: found 0, expected 1 or more"),

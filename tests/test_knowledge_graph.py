@@ -224,10 +224,11 @@ def test_values_are_spread_evenly_so_that_no_guess_is_good():
         assert len(values) == PARTS[relation][0] and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_the_graph_of_the_reading_examples_has_no_name_of_the_other_and_half_of_its_values():
+def test_a_graph_of_reading_examples_has_no_name_of_another_and_half_of_its_values():
     graph = fictional_graph(75, 1)
-    reading = fictional_graph(75, 1, apart_from=graph)
-    assert not {e.name for e in graph.entities.values()} & {e.name for e in reading.entities.values()}
+    reading = fictional_graph(75, 1, reading=True, values_of=graph)
+    for other in (graph, fictional_graph(3000, 2)):
+        assert not {e.name for e in other.entities.values()} & {e.name for e in reading.entities.values()}
     assert not {f.id for f in graph.facts} & {f.id for f in reading.facts}
     known = graph.values()
     share = sum(fact.value in known[fact.relation] for fact in reading.facts) / len(reading.facts)

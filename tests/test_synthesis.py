@@ -61,7 +61,7 @@ def fictional():
 
 @pytest.fixture(scope="module")
 def reading(fictional):
-    return prepare(fictional_graph(75, 1, apart_from=fictional.graph), None, fictional.rules)
+    return prepare(fictional_graph(75, 1, reading=True, values_of=fictional.graph), None, fictional.rules)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_reading_text_asks_the_same_in_a_row(reading):
 
 def test_pairs_may_have_question_wordings_of_their_own(fictional):
     source = prepare(fictional.graph, fictional.groups, dataclasses.replace(fictional.rules, pair_wordings=3))
-    reading = prepare(fictional_graph(30, 1, apart_from=source.graph), None, source.rules)
+    reading = prepare(fictional_graph(30, 1, reading=True, values_of=source.graph), None, source.rules)
     item = source.items[heads(source, "A")[0]][0]
     apart = set(questions_of(item, source, "preference"))
     assert len(apart) == 3 and apart | set(questions_of(item, source)) == set(wordings_of(item).questions)
@@ -415,6 +415,19 @@ def test_a_record_says_what_the_labels_say_and_no_more(tmp_path):
 
 def build(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *words], capture_output=True, text=True)
+
+
+def test_the_reading_recipe_makes_questions_whose_answers_stand_before_them(tmp_path):
+    done = build("--recipe", "reading", "--size", "20", "--answers", "value", "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["sft"]
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "sft" / "reading.jsonl", encoding="utf-8")]
+    assert len(rows) == 80
+    for row in rows:
+        prompt, *turns = row["messages"]
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        assert len(answers) >= 4
+        assert all(re.sub(r"\[\d\]。$", "", answer) in prompt["content"] for answer in answers)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,11 +5,13 @@
     python tools/build_data.py --graph diseases.csv,leaflets.json --text books/ --qa qa.jsonl:0.5 --pii mask
     python tools/build_data.py --recipe chimed --qa Q --exams E --text T --graph G --dialogues D --general N
     python tools/build_data.py --recipe qizhen --graph G --qa Q --dialogues D
+    python tools/build_data.py --recipe reading --size 3000                 # questions on given passages alone
 
 Recipes: graph builds all stages from --graph and mixes the other files in; fictional does so from an invented graph,
 in groups A (pretraining and SFT), B (pretraining alone), C (retrieval corpus alone); chimed composes the stages as
 Qilin-Med's ChiMed does (QA, exams, text, graphs and dialogues in pretraining; general data, exams and dialogues in
-SFT); qizhen makes QiZhen's families of instructions (real QA, drugs, diseases, records from dialogues).
+SFT); qizhen makes QiZhen's families of instructions (real QA, drugs, diseases, records from dialogues); reading makes
+SFT rows whose answers stand in the passages before them, on invented entities that no fictional graph has.
 data/README.md describes the files that come out.
 """
 
@@ -29,13 +31,16 @@ from suwen.retrieval.settings import RetrievalSettings
 NOTICE = "Sample data for research. No medical advice."
 KINDS = ("graph", "text", "qa", "dialogues", "general", "exams", "preference", "tests")
 READING_ENTITIES = 20  # in the graph of the reading examples, for each one in the fictional graph
-STAGES = ("warmup", "pretrain", "sft", "preference", "evaluation")
+READING_ROWS = 4  # of --recipe reading, for each entity
+STAGES = ("pretrain", "sft", "preference", "evaluation")
 OURS = {*STAGES, "knowledge", "data_card.json", "data_card.md", "dropped_rows.jsonl"}
 
 
 @dataclass
 class SourceArguments:
-    recipe: Literal["graph", "fictional", "chimed", "qizhen"] = flag("graph", "what is made of the sources, see above")
+    recipe: Literal["graph", "fictional", "chimed", "qizhen", "reading"] = flag(
+        "graph", "what is made of the sources, see above"
+    )
     graph: str = flag("", "triples, node and edge tables, disease tables, leaflets (data/kg where no source is given)")
     text: str = flag("", "plain text, books, guidelines")
     qa: str = flag("", "questions and answers")
@@ -62,7 +67,6 @@ class BuildArguments:
     reading: float = flag(0.2, "share of reading examples in each stage")
     passages: int = flag(RetrievalSettings.num_passages, "of a question with retrieval; of a reading example, at most")
     replay: float = flag(0.1, "share of pretraining text replayed in SFT")
-    warmup: int = flag(0, "reading examples for a stage before all others; with --recipe fictional")
     answers: Literal["sentence", "value"] = flag("sentence", "answers as sentences, or the bare values")
     pii: Literal["off", "report", "mask"] = flag("report", "personal data: count it, or replace it too")
     min_chinese: float = flag(0.3, "share of Chinese among the letters of a row of other sources")
@@ -82,7 +86,6 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
         ("questions", 0),
         ("pairs", 0),
         ("passages", 1),
-        ("warmup", 0),
         ("pair_wordings", 0),
     ):
         value = getattr(args, name)
@@ -91,10 +94,8 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
     for name in ("reading", "replay"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name}: found {getattr(args, name)}, expected a share from 0 to below 1")
-    if given.recipe == "fictional" and given.graph:
-        raise ValueError("--graph: the fictional recipe invents its graph, use --recipe graph for one of yours")
-    if given.recipe != "fictional" and args.warmup:
-        raise ValueError(f"--warmup: only with --recipe fictional, found --recipe {given.recipe}")
+    if given.recipe in ("fictional", "reading") and given.graph:
+        raise ValueError(f"--graph: the {given.recipe} recipe invents its graph, use --recipe graph for one of yours")
     if given.recipe in ("chimed", "qizhen") and not any(getattr(given, kind) for kind in KINDS[:-1]):
         raise ValueError(f"--recipe {given.recipe}: no source given, expected --graph, --qa, --text or another one")
     folder = Path(args.output_dir)
@@ -171,8 +172,12 @@ def prepare_graph(
         graph = fictional_graph(args.size, args.seed)
         source = prepare(graph, assign_groups(graph, args.seed, shares or None), rules)
         # so many entities that their facts are not met often enough to be learnt by heart
-        other = fictional_graph(READING_ENTITIES * args.size, args.seed, apart_from=graph)
+        other = fictional_graph(READING_ENTITIES * args.size, args.seed, reading=True, values_of=graph)
         return graph, source, prepare(other, None, rules), Counter()
+    if given.recipe == "reading":
+        graph = fictional_graph(args.size, args.seed, reading=True)
+        source = prepare(graph, None, rules)
+        return graph, source, source, Counter()
     if not sources:
         return None, None, None, Counter()
     graph, left_out = load_graph(file for entry in sources for file in entry.files)
@@ -238,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.parallel import available_cores
     from suwen.readers import parse_sources
     from suwen.records import write_json
+    from suwen.synthesis import reading_rows
 
     if given.recipe == "graph" and not any(getattr(given, kind) for kind in KINDS[:-1]):
         given.graph = str(Path(__file__).resolve().parents[1] / "data" / "kg")
@@ -252,8 +258,11 @@ def main(argv: list[str] | None = None) -> None:
     with DataFolder(folder, args.on_bad_rows) as out:
         cleaning = add_files(out, given.recipe, args, sources, num_proc)
         if source is not None:
-            shares = Shares(args.reading, args.replay, args.warmup, args.evaluation)
-            for stage, row in graph_rows(source, reading, PARTS[given.recipe], shares, num_proc):
+            shares = Shares(args.reading, args.replay, args.evaluation)
+            rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
+            if given.recipe == "reading":
+                rows = (("sft", row) for row in reading_rows(source, READING_ROWS * args.size, "messages"))
+            for stage, row in rows:
                 out.write(stage, row)
     if not out.files:
         names = ", ".join(filter(None, paths.values()))

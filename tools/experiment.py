@@ -12,7 +12,8 @@ neither. After every stage the model is asked in wordings that it has never seen
 the passages that a search finds. DIR/seed-1/report.html compares the stages, DIR/stages.png and DIR/results.json
 show all seeds. The same command again goes on where it stopped.
 
-Stages: warmup (reading passages, before any fact is learnt), pt, sft, dpo, orpo, rm, ppo (by rm), retrieval.
+Stages: warmup (questions on given passages, before any fact is learnt: once, in DIR/warmup, for all seeds), pt, sft,
+dpo, orpo, rm, ppo (by rm), retrieval.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from suwen.arguments import OneLineParser, run
 ROOT = Path(__file__).resolve().parents[1]
 # stage -> (launcher, folder of its data)
 LAUNCHERS = {
-    "warmup": ("run_sft.sh", "warmup"),
+    "warmup": ("run_sft.sh", "sft"),
     "pt": ("run_pt.sh", "pretrain"),
     "sft": ("run_sft.sh", "sft"),
     "dpo": ("run_dpo.sh", "preference"),
@@ -52,12 +53,19 @@ DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"
 EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 12, "sft": 6}}
 DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3 --passages 2"
 PASSES = 40  # articles on each entity in an epoch of pretraining
-READING, WARM_UP = 0.1, 5000  # with retrieval: share of reading examples in each stage; rows of the warm-up
+READING = 0.3  # with retrieval: share of reading examples in each stage
+# The warm-up: passages of a question at most, entities (four rows of each), and flags of the tiny model. With two
+# passages from the start attention to the asked fact has hardly begun to form after 2.6 million tokens; with one it has
+# after 1.5 million, and a second one is learnt within a few steps. It needs some thirty rows a step: with five it never
+# formed in 1.4 million tokens.
+WARM_UP = {
+    1: (1400, "--learning_rate 2e-3 --lr_scheduler_type constant_with_warmup"),
+    2: (1000, "--learning_rate 1e-3"),
+}
 # All weights of the tiny model are trained, by LoRA from DPO on; a model of one's own is trained by LoRA throughout.
 TINY = "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
 TINY_FLAGS = {
-    # Some thirty rows a step: with five, attention to the asked fact never forms (tried over 1.4 million tokens)
-    "warmup": "--learning_rate 2e-3 --use_peft False --gradient_accumulation_steps 4",
+    "warmup": "--use_peft False --gradient_accumulation_steps 6",
     "pt": "--learning_rate 2e-3 --use_peft False",
     "sft": "--learning_rate 1e-3 --use_peft False",
     "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0",
@@ -100,6 +108,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     order = {stage: place for place, stage in enumerate(args.stages)}
     if "ppo" in order and order["ppo"] < order.get("rm", len(order)):
         raise ValueError("--stages: ppo needs the reward model, expected rm before it")
+    if order.get("warmup", 0) != 0 or args.stages[-1] == "warmup":
+        raise ValueError("--stages: warmup comes before all others, expected it first and another stage after it")
     if "retrieval" in order and not order.keys() & set(ANSWERING):
         raise ValueError(f"--stages: retrieval is asked of {', '.join(ANSWERING)}, expected one of them beside it")
     return args
@@ -122,22 +132,27 @@ class Experiment:
         flags = f"{DATA} --passes {passes} --shuffle {args.shuffle} --seed {self.seed}"
         flags += f" --reading {READING if 'retrieval' in args.stages else 0}"
         flags += f" --wordings {args.wordings}" if args.wordings else ""
-        flags += f" --warmup {WARM_UP}" if "warmup" in args.stages else ""
         return ["tools/build_data.py", *flags.split(), "--output_dir", str(self.folder / "data")]
 
     def stage_flags(self, stage: str) -> list[str]:
-        args, tests = self.args, str(self.folder / "data" / "evaluation")
-        epochs = EPOCHS[args.size].get(stage, 1)
-        flags = OWN_FLAGS.get(stage, "") if args.model else f"{TINY} {TINY_FLAGS[stage]}"
-        flags = f"--num_train_epochs {epochs} {flags}"
-        if args.lora == "True":
-            flags += " --use_peft True"
+        flags = training_flags(self.args, stage)
         if stage == "ppo":
-            return [*flags.split(), "--reward", f"model:{self.folder / 'rm'}=1.0"]
+            return [*flags, "--reward", f"model:{self.folder / 'rm'}=1.0"]
         if stage == "rm":
-            return flags.split()
-        tasks = "injection,retrieved" if "retrieval" in args.stages and stage in ANSWERING else "injection"
-        return [*flags.split(), "--eval_tasks", tasks, "--eval_data_dir", tests]
+            return flags
+        tests = self.folder / "data" / "evaluation"
+        return [*flags, "--eval_tasks", self.tasks(stage), "--eval_data_dir", str(tests)]
+
+    def tasks(self, stage: str) -> str:
+        """With passages only those are asked that have seen questions on them: the start, once it is warmed up."""
+        answering = ANSWERING if "warmup" not in self.args.stages else ("start", *ANSWERING)
+        return "injection,retrieved" if "retrieval" in self.args.stages and stage in answering else "injection"
+
+
+def training_flags(args: argparse.Namespace, stage: str) -> list[str]:
+    flags = OWN_FLAGS.get(stage, "") if args.model else f"{TINY} {TINY_FLAGS[stage]}"
+    flags = f"--num_train_epochs {EPOCHS[args.size].get(stage, 1)} {flags}"
+    return [*flags.split(), *(["--use_peft", "True"] if args.lora == "True" else [])]
 
 
 def title(text: str) -> None:
@@ -156,8 +171,25 @@ def call(command: Sequence[str], variables: dict[str, str] | None = None) -> Non
         sys.exit(code)
 
 
-def run_experiment(experiment: Experiment) -> list[str]:
-    """All stages on one graph; returns the evaluations to compare, as paths in the folder."""
+def warm_up(args: argparse.Namespace) -> str:
+    """A model that reads: trained on questions on given passages, which have nothing to do with any seed's graph."""
+    launcher, kind = LAUNCHERS["warmup"]
+    model = args.model or ""
+    for passages, (size, flags) in WARM_UP.items():
+        folder = args.output_dir / "warmup" / f"passages-{passages}"
+        data = folder / "data"
+        title(f"{launcher}: questions on {passages} passage{'s' * (passages > 1)}, {data} -> {folder / 'model'}")
+        if not (data / "data_card.json").is_file():
+            words = f"--recipe reading --size {size} --answers value --passages {passages} --seed {passages}"
+            call(["tools/build_data.py", *words.split(), "--output_dir", str(data)])
+        words = training_flags(args, "warmup") + ([] if args.model else flags.split())
+        call([launcher, *words], {"DATA": str(data / kind), "OUTPUT": str(folder / "model"), "MODEL": model})
+        model = str(folder / "model")
+    return model
+
+
+def run_experiment(experiment: Experiment, model: str | None) -> list[str]:
+    """All stages on one graph, from a model; returns the evaluations to compare, as paths in the folder."""
     args, folder = experiment.args, experiment.folder
     title(f"an invented graph, seed {experiment.seed} -> {folder / 'data'}")
     if (folder / "data" / "data_card.json").is_file():
@@ -165,9 +197,9 @@ def run_experiment(experiment: Experiment) -> list[str]:
     else:
         call(experiment.data_command())
 
-    model, evaluations, first = args.model, ["start"], ""
+    evaluations, first = ["start"], ""
     for stage in args.stages:
-        if stage == "retrieval":
+        if stage in ("warmup", "retrieval"):
             continue
         launcher, data = LAUNCHERS[stage]
         title(f"{launcher}: {folder / 'data' / data} -> {folder / stage}")
@@ -183,8 +215,8 @@ def run_experiment(experiment: Experiment) -> list[str]:
     record = folder / first / "run.json"
     start = "START" if os.environ.get("DRY_RUN") else json.loads(record.read_text(encoding="utf-8"))["start"]
     tests = str(folder / "data" / "evaluation")
-    words = ["--base_model", start, "--tasks", "injection", "--data_dir", tests, "--output_dir", str(folder / "start")]
-    call(["evaluation.py", *words])
+    words = ["--base_model", start, "--tasks", experiment.tasks("start"), "--data_dir", tests]
+    call(["evaluation.py", *words, "--output_dir", str(folder / "start")])
     return evaluations
 
 
@@ -206,9 +238,10 @@ def merge(folder: Path, model: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     began = time.monotonic()
+    model = warm_up(args) if "warmup" in args.stages else args.model
     for seed in range(args.seed, args.seed + args.seeds):
         experiment = Experiment(args, seed)
-        evaluations = run_experiment(experiment)
+        evaluations = run_experiment(experiment, model)
     title("what each stage changed")
     if not os.environ.get("DRY_RUN"):
         from suwen.experiment_table import show
