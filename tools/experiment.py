@@ -180,8 +180,8 @@ def warm_up(args: argparse.Namespace) -> str:
         data = folder / "data"
         title(f"{launcher}: questions on {passages} passage{'s' * (passages > 1)}, {data} -> {folder / 'model'}")
         if not (data / "data_card.json").is_file():
-            words = f"--recipe reading --size {size} --answers value --passages {passages} --seed {passages}"
-            call(["tools/build_data.py", *words.split(), "--output_dir", str(data)])
+            recipe = f"--recipe reading --size {size} --answers value --passages {passages} --seed {passages}"
+            call(["tools/build_data.py", *recipe.split(), "--output_dir", str(data)])
         words = training_flags(args, "warmup") + ([] if args.model else flags.split())
         call([launcher, *words], {"DATA": str(data / kind), "OUTPUT": str(folder / "model"), "MODEL": model})
         model = str(folder / "model")
