@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 from test_evaluation import write_rows
-from test_ppo import environment, run_ppo
+from test_ppo import run_ppo
 from test_stages import arguments, base, run_stage, write_data  # noqa: F401  (base is a fixture)
 
 import supervised_finetuning
@@ -171,12 +171,9 @@ def test_reinforcement_learning_asks_at_its_updates_too(base, tmp_path):  # noqa
 @pytest.mark.distributed
 def test_of_two_processes_one_asks_and_the_other_waits(base, tmp_path):  # noqa: F811
     words = [*arguments("sft", base, tmp_path, "--max_steps", "3", "--max_length", "256"), *ASKED]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "supervised_finetuning.py"), *words, "--eval_tasks_steps", "1"]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    first, _ = run_ranks("sft", [*words, "--eval_tasks_steps", "1"], tmp_path / "sft", "ddp")
     assert [folder.name for folder in steps_asked(tmp_path / "sft")] == ["step-1", "step-2"]
-    assert result.stdout.count("exam, likelihood: 3 items") == 3
+    assert first.count("exam, likelihood: 3 items") == 3
 
 
 def test_a_training_leaves_a_sketch_and_what_leaked_into_it_is_found(base, tmp_path, capsys):  # noqa: F811
