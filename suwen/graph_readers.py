@@ -112,7 +112,8 @@ LEAFLET_FIELD = re.compile(r"^\s*[【\[]?\s*([\u4e00-\u9fff/]{2,10})\s*[】\]]?\
 TYPES = {"disease": "疾病", "drug": "药品", "疾病": "疾病", "药品": "药品", "药物": "药品", "medicine": "药品"}
 TAG = re.compile(r"<[^<>]{1,200}>")
 EMPTY = re.compile(
-    r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:相关)?(?:资料)?|无|不详|未知|none|null|nan)?[-—/\s（）()。.]*", re.IGNORECASE
+    r"[-—/\s（）()。.]*(?:尚?不明确|(?:暂无|暂缺|无)(?:可|相关|参考)*(?:资料|数据|信息)?|不详|未知|none|null|nan)?[-—/\s（）()。.]*",
+    re.IGNORECASE,
 )
 # Public disease tables hold names of people among the symptoms: like a name, and without a character that symptoms have
 SYMPTOM_CHARACTERS = frozenset(
