@@ -144,7 +144,7 @@ def split_terms(value: Any, counts: Counter[str]) -> list[str]:
     terms = []
     for part in parts:
         term = clean_cell(part).strip("。；;，,、 ")
-        if term.endswith(("...", "…", "..")):
+        if is_cut_off(term):
             counts["value cut off in the source"] += 1
         elif len(term) > PROSE_CHARACTERS:
             counts["value too long for a term"] += 1
@@ -153,6 +153,12 @@ def split_terms(value: Any, counts: Counter[str]) -> list[str]:
         elif term:
             terms.append(term)
     return list(dict.fromkeys(terms))
+
+
+def is_cut_off(text: str) -> bool:
+    """Whether it ends in dots, or inside a bracket ("典型病例治愈率（")."""
+    opened = max(text.rfind("("), text.rfind("（"))
+    return text.endswith(("...", "…", "..")) or opened > max(text.rfind(")"), text.rfind("）"))
 
 
 def is_person(term: str) -> bool:
@@ -266,6 +272,9 @@ def _add_values(head: str, relation: str, value: Any, builder: GraphBuilder) -> 
             else:
                 builder.fact(head, relation, term)
     elif text := clean_cell(value):
+        if is_cut_off(text):
+            builder.counts["value cut off in the source"] += 1
+            return
         if RELATIONS[relation].single and (head, relation) in builder.told:
             builder.counts["second value where one is expected"] += 1
             return

@@ -131,6 +131,13 @@ def test_what_says_that_nothing_is_known_is_no_value(tmp_path):
     assert [fact.value for fact in graph.facts] == ["支持性治疗", "无力", "发热", "无力"]
 
 
+def test_values_that_end_in_a_bracket_are_cut_off(tmp_path):
+    text = "name,cured_prob,cure_lasttime\n甲病,治愈率（,>120天(终身治疗，需\n乙病,治愈率（约80%）,3-6月\n"
+    graph, left_out = read(tmp_path, "disease.csv", text, "utf-8")
+    assert [fact.value for fact in graph.facts] == ["治愈率（约80%）", "3-6月"]
+    assert left_out == {"value cut off in the source": 2}
+
+
 def test_a_gb18030_disease_table_with_the_faults_of_the_public_one(tmp_path):
     text = (
         "name,alias,department,symptom,drug,age,,\n"
