@@ -135,7 +135,7 @@ def clean_cell(value: Any) -> str:
         html.unescape(TAG.sub("", str(value))).replace("\u3000", " ").replace("\xa0", " ").replace("[详细]", "").strip()
     )
     text = text.strip(" \n\t")
-    return "" if EMPTY.fullmatch(text) else text
+    return "" if EMPTY.fullmatch(text) or not any(map(str.isalnum, text)) else text
 
 
 def split_terms(value: Any, counts: Counter[str]) -> list[str]:
@@ -271,7 +271,7 @@ def _add_values(head: str, relation: str, value: Any, builder: GraphBuilder) -> 
                 builder.counts["no department, but an age or time"] += 1
             else:
                 builder.fact(head, relation, term)
-    elif text := clean_cell(value):
+    elif text := clean_cell(value).removeprefix(RELATIONS[relation].name):  # "治疗周期21天"
         if is_cut_off(text):
             builder.counts["value cut off in the source"] += 1
             return
