@@ -62,7 +62,8 @@ ENTITIES_AT_ONCE = 50
 class Shares:
     """How much of what goes into the mixture."""
 
-    reading: float = 0.2  # reading examples among the rows of each stage
+    reading: float = 0.2  # reading examples among the rows of SFT and of pairs
+    reading_text: float = 0.2  # among those of pretraining
     replay: float = 0.1  # pretraining text among the rows of SFT
     evaluated: int = 300  # entities of each group that evaluation items are made of; the corpus has all
 
@@ -95,7 +96,8 @@ def graph_rows(
                 yield "sft", row
             if evaluated.issuperset(source.heads[relation, value]):
                 yield from (("evaluation", row) for row in reverse_items(relation, value, source))
-    number = {stage: _beside(counts[stage], shares.reading) for stage in ("pretrain", "sft", "preference")}
+    number = {stage: _beside(counts[stage], shares.reading) for stage in ("sft", "preference")}
+    number["pretrain"] = _beside(counts["pretrain"], shares.reading_text)
     yield from (("pretrain", row) for row in reading_rows(reading, number["pretrain"], "text", "AB"))
     yield from (("sft", row) for row in reading_rows(reading, number["sft"], "messages", "A"))
     yield from (("preference", row) for row in reading_pair_rows(reading, number["preference"], "A"))

@@ -112,7 +112,8 @@ LEAFLET_FIELD = re.compile(r"^\s*[【\[]?\s*([\u4e00-\u9fff/]{2,10})\s*[】\]]?\
 TYPES = {"disease": "疾病", "drug": "药品", "疾病": "疾病", "药品": "药品", "药物": "药品", "medicine": "药品"}
 TAG = re.compile(r"<[^<>]{1,200}>")
 EMPTY = re.compile(
-    r"[-—/\s（）()。.]*(?:尚不明确|暂无(?:相关)?(?:资料)?|无|不详|未知|none|null|nan)?[-—/\s（）()。.]*", re.IGNORECASE
+    r"[-—/\s（）()。.]*(?:尚?不明确|(?:暂无|暂缺|无)(?:可|相关|参考)*(?:资料|数据|信息)?|不详|未知|none|null|nan)?[-—/\s（）()。.]*",
+    re.IGNORECASE,
 )
 # Public disease tables hold names of people among the symptoms: like a name, and without a character that symptoms have
 SYMPTOM_CHARACTERS = frozenset(
@@ -134,7 +135,7 @@ def clean_cell(value: Any) -> str:
         html.unescape(TAG.sub("", str(value))).replace("\u3000", " ").replace("\xa0", " ").replace("[详细]", "").strip()
     )
     text = text.strip(" \n\t")
-    return "" if EMPTY.fullmatch(text) else text
+    return "" if EMPTY.fullmatch(text) or not any(map(str.isalnum, text)) else text
 
 
 def split_terms(value: Any, counts: Counter[str]) -> list[str]:
@@ -143,7 +144,7 @@ def split_terms(value: Any, counts: Counter[str]) -> list[str]:
     terms = []
     for part in parts:
         term = clean_cell(part).strip("。；;，,、 ")
-        if term.endswith(("...", "…", "..")):
+        if is_cut_off(term):
             counts["value cut off in the source"] += 1
         elif len(term) > PROSE_CHARACTERS:
             counts["value too long for a term"] += 1
@@ -152,6 +153,12 @@ def split_terms(value: Any, counts: Counter[str]) -> list[str]:
         elif term:
             terms.append(term)
     return list(dict.fromkeys(terms))
+
+
+def is_cut_off(text: str) -> bool:
+    """Whether it ends in dots, or inside a bracket ("典型病例治愈率（")."""
+    opened = max(text.rfind("("), text.rfind("（"))
+    return text.endswith(("...", "…", "..")) or opened > max(text.rfind(")"), text.rfind("）"))
 
 
 def is_person(term: str) -> bool:
@@ -264,7 +271,10 @@ def _add_values(head: str, relation: str, value: Any, builder: GraphBuilder) -> 
                 builder.counts["no department, but an age or time"] += 1
             else:
                 builder.fact(head, relation, term)
-    elif text := clean_cell(value):
+    elif text := clean_cell(value).removeprefix(RELATIONS[relation].name):  # "治疗周期21天"
+        if is_cut_off(text):
+            builder.counts["value cut off in the source"] += 1
+            return
         if RELATIONS[relation].single and (head, relation) in builder.told:
             builder.counts["second value where one is expected"] += 1
             return

@@ -1,7 +1,8 @@
-"""One run in an output folder at a time."""
+"""One run in an output folder at a time; and no waiting for a lock that nobody holds."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -44,3 +45,31 @@ def hold(output_dir: Path) -> None:
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     _held[path] = file
+
+
+def refuse_abandoned_builds(folder: Path) -> None:
+    """Look for locks that builds of torch extensions have left.
+
+    DeepSpeed's operators are built when they are first used, by one process while the others wait until its lock file
+    is gone (torch.utils.file_baton). Of a build that is killed it stays: every later run would wait without end.
+
+    Args:
+        folder: TORCH_EXTENSIONS_DIR, or torch's default.
+
+    Raises:
+        ValueError: a lock that no process of this machine has open.
+    """
+    for lock in sorted(folder.glob("**/lock")):
+        if Path("/proc/self/fd").is_dir() and not _is_open(lock):
+            raise ValueError(
+                f"{lock}: left by a build of DeepSpeed's operators that was killed, a training would wait for it for "
+                "ever; remove it, unless another machine is building in this folder"
+            )
+
+
+def _is_open(path: Path) -> bool:
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if os.readlink(descriptor) == str(path.resolve()):
+                return True
+    return not path.exists()  # released while we looked

@@ -83,10 +83,8 @@ def faulty_answer(kind: str, item: Item, source: Source, rng: random.Random) -> 
     elif kind == "omission":
         values = rng.sample(item.values, max(1, len(item.values) // 3))
     elif kind == "answer to another question":
-        others = [i for i in source.items[item.entity.id] if i.relation != item.relation and not i.prose]
-        if not others:
-            return None
-        return chosen, fill(wording, item, rng.choice(others).values)
+        others = [i for i in source.items[item.entity.id] if i.relation != item.relation and i.prose == item.prose]
+        values = rng.choice(others).values if others else ()
     elif kind == "repetition":
         return chosen, chosen * rng.randint(3, 4)
     else:

@@ -27,7 +27,7 @@ from suwen.lineage import (
     is_adapter_dir,
     read_json,
 )
-from suwen.locking import hold
+from suwen.locking import hold, refuse_abandoned_builds
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
@@ -95,6 +95,10 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
     trains = library.get("do_train") or not (library.get("do_eval") or "do_train" in library)
     check_tasks(args.run, trains, "deepspeed" if uses_deepspeed(library) else engine_in_use())
+    if uses_deepspeed(library):
+        from torch.utils.cpp_extension import get_default_build_root
+
+        refuse_abandoned_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     if not args.run.dry_run:

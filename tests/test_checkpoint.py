@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.file_baton import FileBaton
 
 from suwen import checkpoint as module
 from suwen import interruption
@@ -28,7 +29,7 @@ from suwen.checkpoint import (
     set_aside,
 )
 from suwen.interruption import StopSignals
-from suwen.locking import hold
+from suwen.locking import hold, refuse_abandoned_builds
 from suwen.records import command_without_secrets, without_secrets
 from suwen.saved_weights import require_equal
 
@@ -218,6 +219,20 @@ def hold_in_another_process(folder: Path) -> str:
     script = f"from pathlib import Path; from suwen.locking import hold; hold(Path({str(folder)!r})); print('held')"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     return result.stdout.strip() or result.stderr.strip().splitlines()[-1]
+
+
+def test_a_lock_that_a_killed_build_has_left_is_named_and_one_that_is_held_is_not(tmp_path):
+    refuse_abandoned_builds(tmp_path / "none")
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    builder = FileBaton(str(lock))
+    assert builder.try_acquire()
+    refuse_abandoned_builds(tmp_path)
+    os.close(builder.fd)  # as the kernel does when the build is killed
+    with pytest.raises(ValueError, match=r"deepspeed_shm_comm/lock: left by a build .* remove it"):
+        refuse_abandoned_builds(tmp_path)
+    lock.unlink()
+    refuse_abandoned_builds(tmp_path)
 
 
 def test_a_folder_is_held_by_one_process_and_free_when_that_one_is_dead(tmp_path):

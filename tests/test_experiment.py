@@ -69,9 +69,9 @@ def test_an_own_model_starts_the_first_stage_and_learns_by_lora(planned, monkeyp
 
 def test_retrieval_adds_reading_to_the_data_and_passages_to_the_questions(planned):
     commands = planned("--size", "full")
-    names = [*2 * ["build_data.py", "run_sft.sh"], "build_data.py", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
-    assert files(commands)[:8] == names
-    data, pt, sft, dpo = (words for _, words in commands[4:8])
+    names = ["build_data.py", "run_sft.sh", "build_data.py", "run_pt.sh", "run_sft.sh", "run_dpo.sh"]
+    assert files(commands)[:6] == names
+    data, pt, sft, dpo = (words for _, words in commands[2:6])
     assert float(flag_of(data, "--reading")) > 0
     tasks = ["injection", "injection,retrieved", "injection,retrieved"]
     assert [flag_of(words, "--eval_tasks") for words in (pt, sft, dpo)] == tasks
@@ -82,11 +82,9 @@ def test_retrieval_adds_reading_to_the_data_and_passages_to_the_questions(planne
 def test_the_warm_up_is_made_once_and_starts_every_seed(planned):
     commands = planned("--seeds", "2", "--stages", "warmup,sft")
     trained = [command for command in commands if command[1][1].endswith("run_sft.sh")]
-    (one, words), (two, _), (first, _), (second, _) = trained
-    assert one["OUTPUT"] == two["MODEL"] and two["OUTPUT"] == first["MODEL"] == second["MODEL"]
-    assert two["OUTPUT"] == "outputs/pipeline/warmup/passages-2/model" and "--eval_tasks" not in words
-    built = [flag_of(words, "--passages") for _, words in commands if words[1].endswith("build_data.py")]
-    assert built == ["1", "2", "2", "2"]
+    (warm, words), (first, _), (second, _) = trained
+    assert warm["OUTPUT"] == first["MODEL"] == second["MODEL"] == "outputs/pipeline/warmup/model"
+    assert warm["DATA"] == "outputs/pipeline/warmup/data/sft" and "--eval_tasks" not in words
 
 
 def test_ppo_learns_from_the_reward_model_and_goes_on_from_sft(planned):

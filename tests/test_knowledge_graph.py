@@ -124,6 +124,20 @@ def test_nodes_and_edges_are_joined_whatever_their_order(tmp_path):
     assert graph.entities["d1"] == Entity("d1", "胃炎", "疾病", ("胃病", "胃发炎"))
 
 
+def test_what_says_that_nothing_is_known_is_no_value(tmp_path):
+    cells = ["暂无可参考数据", "暂无相关资料、支持性治疗", "尚不明确。", "无", "暂缺", "不明确", ">>、-", "无力、发热"]
+    text = "name,symptom,treatment\n" + "".join(f'病{n},,"{cell}"\n' for n, cell in enumerate(cells))
+    graph, _ = read(tmp_path, "disease.csv", text + "病七,无力,\n", "utf-8")
+    assert [fact.value for fact in graph.facts] == ["支持性治疗", "无力", "发热", "无力"]
+
+
+def test_values_that_end_in_a_bracket_are_cut_off(tmp_path):
+    text = "name,cured_prob,cure_lasttime\n甲病,治愈率（,>120天(终身治疗，需\n乙病,治愈率（约80%）,治疗周期3-6月\n"
+    graph, left_out = read(tmp_path, "disease.csv", text, "utf-8")
+    assert [fact.value for fact in graph.facts] == ["治愈率（约80%）", "3-6月"]
+    assert left_out == {"value cut off in the source": 2}
+
+
 def test_a_gb18030_disease_table_with_the_faults_of_the_public_one(tmp_path):
     text = (
         "name,alias,department,symptom,drug,age,,\n"

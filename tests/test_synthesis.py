@@ -342,6 +342,16 @@ def test_pairs_differ_in_their_fault_alone(ours):
             assert not any(value in rejected for value in right)
 
 
+def test_relations_with_the_same_value_make_no_pair_of_equals():
+    facts = [Fact(f"f{number}", "e", name, "两周") for number, name in enumerate(("course", "treatment"))]
+    facts += [Fact(f"g{number}", f"o{number}", "course", f"{number}天") for number in range(4)]
+    entities = {key: Entity(key, f"{key}病", "疾病") for key in ("e", "o0", "o1", "o2", "o3")}
+    source = prepare(Graph(entities, facts), None, SynthesisRules(pairs_per_item=8))
+    rows = list(pair_rows("e", source))
+    assert rows and all(row["chosen"] != row["rejected"] for row in rows)
+    assert "answer to another question" not in {row["fault"] for row in rows}
+
+
 def test_rejected_values_are_real_values_of_the_list(fictional, reading):
     """Random strings as rejected values taught a model to avoid real ones: recall fell while pair accuracy rose."""
     rows = [

@@ -64,7 +64,8 @@ class BuildArguments:
     pairs: int = flag(2, "preference pairs for each relation of an entity")
     pair_wordings: int = flag(0, "question wordings of each relation that pairs alone have, as users ask in new ways")
     evaluation: int = flag(300, "entities of each group that evaluation items are made of, at most; the corpus has all")
-    reading: float = flag(0.2, "share of reading examples in each stage")
+    reading: float = flag(0.2, "share of reading examples in SFT and pairs")
+    reading_text: float | None = flag(None, "share of reading examples in pretraining (as --reading)")
     passages: int = flag(RetrievalSettings.num_passages, "of a question with retrieval; of a reading example, at most")
     replay: float = flag(0.1, "share of pretraining text replayed in SFT")
     answers: Literal["sentence", "value"] = flag("sentence", "answers as sentences, or the bare values")
@@ -91,7 +92,9 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name}: found {value}, expected {least} or more")
-    for name in ("reading", "replay"):
+    if args.reading_text is None:
+        args.reading_text = args.reading
+    for name in ("reading", "reading_text", "replay"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name}: found {getattr(args, name)}, expected a share from 0 to below 1")
     if given.recipe in ("fictional", "reading") and given.graph:
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     with DataFolder(folder, args.on_bad_rows) as out:
         cleaning = add_files(out, given.recipe, args, sources, num_proc)
         if source is not None:
-            shares = Shares(args.reading, args.replay, args.evaluation)
+            shares = Shares(args.reading, args.reading_text or 0, args.replay, args.evaluation)
             rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
             if given.recipe == "reading":
                 rows = (("sft", row) for row in reading_rows(source, READING_ROWS * args.size, "messages"))

@@ -51,21 +51,18 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
 EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 12, "sft": 6}}
-DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3 --passages 2"
+DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3"
 PASSES = 40  # articles on each entity in an epoch of pretraining
-READING = 0.3  # with retrieval: share of reading examples in each stage
-# The warm-up: passages of a question at most, entities (four rows of each), and flags of the tiny model. With two
-# passages from the start attention to the asked fact has hardly begun to form after 2.6 million tokens; with one it has
-# after 1.5 million, and a second one is learnt within a few steps. It needs some thirty rows a step: with five it never
-# formed in 1.4 million tokens.
-WARM_UP = {
-    1: (1400, "--learning_rate 2e-3 --lr_scheduler_type constant_with_warmup"),
-    2: (1000, "--learning_rate 1e-3"),
-}
+READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
+# A question has one passage, the best that the search finds. Attention to the asked fact forms in 1.5 million tokens of
+# reading examples with one, too; with two of similar names it had hardly begun after 2.6 million.
+PASSAGES = 1
+WARM_UP = "--recipe reading --size 1600 --answers value --seed 0"
 # All weights of the tiny model are trained, by LoRA from DPO on; a model of one's own is trained by LoRA throughout.
 TINY = "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
 TINY_FLAGS = {
-    "warmup": "--use_peft False --gradient_accumulation_steps 6",
+    # Some thirty rows a step: with five, attention to the asked fact did not form in 1.4 million tokens
+    "warmup": "--learning_rate 2e-3 --use_peft False --gradient_accumulation_steps 4",
     "pt": "--learning_rate 2e-3 --use_peft False",
     "sft": "--learning_rate 1e-3 --use_peft False",
     "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0",
@@ -129,8 +126,8 @@ class Experiment:
     def data_command(self) -> list[str]:
         args = self.args
         passes = PASSES if args.exposures is None else -(-args.exposures // EPOCHS[args.size]["pt"])
-        flags = f"{DATA} --passes {passes} --shuffle {args.shuffle} --seed {self.seed}"
-        flags += f" --reading {READING if 'retrieval' in args.stages else 0}"
+        flags = f"{DATA} --passages {PASSAGES} --passes {passes} --shuffle {args.shuffle} --seed {self.seed} "
+        flags += READING if "retrieval" in args.stages else "--reading 0"
         flags += f" --wordings {args.wordings}" if args.wordings else ""
         return ["tools/build_data.py", *flags.split(), "--output_dir", str(self.folder / "data")]
 
@@ -174,18 +171,13 @@ def call(command: Sequence[str], variables: dict[str, str] | None = None) -> Non
 def warm_up(args: argparse.Namespace) -> str:
     """A model that reads: trained on questions on given passages, which have nothing to do with any seed's graph."""
     launcher, kind = LAUNCHERS["warmup"]
-    model = args.model or ""
-    for passages, (size, flags) in WARM_UP.items():
-        folder = args.output_dir / "warmup" / f"passages-{passages}"
-        data = folder / "data"
-        title(f"{launcher}: questions on {passages} passage{'s' * (passages > 1)}, {data} -> {folder / 'model'}")
-        if not (data / "data_card.json").is_file():
-            recipe = f"--recipe reading --size {size} --answers value --passages {passages} --seed {passages}"
-            call(["tools/build_data.py", *recipe.split(), "--output_dir", str(data)])
-        words = training_flags(args, "warmup") + ([] if args.model else flags.split())
-        call([launcher, *words], {"DATA": str(data / kind), "OUTPUT": str(folder / "model"), "MODEL": model})
-        model = str(folder / "model")
-    return model
+    data, model = (args.output_dir / "warmup" / name for name in ("data", "model"))
+    title(f"{launcher}: questions on given passages, {data} -> {model}")
+    if not (data / "data_card.json").is_file():
+        call(["tools/build_data.py", *WARM_UP.split(), "--passages", str(PASSAGES), "--output_dir", str(data)])
+    variables = {"DATA": str(data / kind), "OUTPUT": str(model), "MODEL": args.model or ""}
+    call([launcher, *training_flags(args, "warmup")], variables)
+    return str(model)
 
 
 def run_experiment(experiment: Experiment, model: str | None) -> list[str]:
@@ -251,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     final = final if final.is_dir() else experiment.folder / evaluations[-1]
     words = [sys.executable, str(ROOT / "inference.py"), "--base_model", str(final), "--interactive"]
     if "retrieval" in args.stages:
-        words += ["--knowledge_index", str(experiment.folder / "data" / "knowledge"), "--num_passages", "2"]
+        words += ["--knowledge_index", str(experiment.folder / "data" / "knowledge"), "--num_passages", str(PASSAGES)]
     print(f"\nDone in {time.monotonic() - began:.0f} s. Talk to it: {shlex.join(words)}")
 
 
