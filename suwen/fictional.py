@@ -38,21 +38,23 @@ PLANTS = "青松 银杏 云杉 白桦 丹枫 紫藤 海棠 木槿 玉兰 金桂 
 SITES = "左踝 右踝 左膝 右膝 左腕 右腕 舌尖 耳垂 眉心 掌心 足跟 后颈 肩胛 腰窝 指尖 小腿 鼻梁 下颌".split()
 FEELINGS = "发凉 发烫 发麻 刺痛 跳痛 酸胀 瘙痒 变硬 变白 泛青 出汗 脱皮 颤动 沉重 灼热 紧绷".split()
 SYLLABLES = "泽 朗 维 舒 迪 洛 铂 锐 凯 欣 岩 桐 沐 昱 瀚 霆 珂 琳 蓓 蕊 黎 穆 彦 卓 翰 骊 鹭 樱 蔓 颂".split()
+# Of other names, as those of tests have another sound than those of drugs: what is read is then told by its kind
+NAMES = "伽 赫 奥 贝 默 克 罗 森 尔 瑟 弗 雷 曼 隆 伦 特 韦 霍 布 巴 米 尼 卡 帕 莱 希 诺 德 费 格".split()
 # What the values of each relation are made of, and how many there are for 75 diseases
 PARTS: dict[str, tuple[int, tuple[Sequence[str], ...]]] = {
     "department": (14, (PLANTS, ("门诊", "诊室", "医馆", "病区"))),
     "drug": (60, (SYLLABLES, SYLLABLES, ("平", "定", "宁", "灵", "芬", "素", "林", "喜"))),
     "symptom": (60, (SITES, FEELINGS)),
-    "examination": (30, (SYLLABLES, SYLLABLES, ("试验", "显像", "测定", "描记", "涂片"))),
-    "cause": (40, (SYLLABLES, SYLLABLES, ("孢菌感染", "螨虫叮咬", "花粉接触", "粉尘吸入", "酶缺乏"))),
-    "treatment": (30, (SYLLABLES, SYLLABLES, ("灸法", "敷贴", "光疗", "水浴", "手法"))),
+    "examination": (30, (NAMES, NAMES, ("试验", "显像", "测定", "描记", "涂片"))),
+    "cause": (40, (NAMES, NAMES, ("孢菌感染", "螨虫叮咬", "花粉接触", "粉尘吸入", "酶缺乏"))),
+    "treatment": (30, (NAMES, NAMES, ("灸法", "敷贴", "光疗", "水浴", "手法"))),
 }
 DEFAULT_RELATIONS = ("department", "drug", "symptom", "examination")
 
 
 def name_parts() -> list[str]:
     """What the names of diseases and the values are made of."""
-    lists = (FIRST, BASES, PLANTS, SITES, FEELINGS, SYLLABLES)
+    lists = (FIRST, BASES, PLANTS, SITES, FEELINGS, SYLLABLES, NAMES)
     return [*itertools.chain.from_iterable(lists), *(ending for _, pieces in PARTS.values() for ending in pieces[-1])]
 
 

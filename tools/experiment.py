@@ -50,9 +50,9 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 
 
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
-EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 12, "sft": 6}}
+EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 5, "sft": 6}}
+EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
 DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3"
-PASSES = 40  # articles on each entity in an epoch of pretraining
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
 # A question has one passage, the best that the search finds. Attention to the asked fact forms in 1.5 million tokens of
 # reading examples with one, too; with two of similar names it had hardly begun after 2.6 million.
@@ -125,7 +125,7 @@ class Experiment:
 
     def data_command(self) -> list[str]:
         args = self.args
-        passes = PASSES if args.exposures is None else -(-args.exposures // EPOCHS[args.size]["pt"])
+        passes = -(-(args.exposures or EXPOSURES[args.size]) // EPOCHS[args.size]["pt"])
         flags = f"{DATA} --passages {PASSAGES} --passes {passes} --shuffle {args.shuffle} --seed {self.seed} "
         flags += READING if "retrieval" in args.stages else "--reading 0"
         flags += f" --wordings {args.wordings}" if args.wordings else ""
