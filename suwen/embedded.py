@@ -27,7 +27,7 @@ END_OF_TEXT, PAD, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|p
 # A Chinese character is a token, and so is a digit or a punctuation mark; letters of other scripts merge to words. A
 # model this small learns words that it meets in few sentences badly. Of the facts that it had only read it recalled
 # 26 % with tokens of two characters, 68 % with tokens that cut across characters, and 92 % with these and the heads
-# below (run_pipeline.sh, seed 1).
+# below (run_pipeline.sh, on one graph).
 WORD_PATTERN = r"\p{Han}| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
 PLACEHOLDER = re.compile(r"\{[a-z]\}")  # of a wording
 
