@@ -53,7 +53,6 @@ PARTS = {
     "fictional": ("pretrain", "sft", "exams", "preference"),
     "chimed": ("pretrain",),
     "qizhen": ("sft",),
-    "reading": (),
 }
 ENTITIES_AT_ONCE = 50
 

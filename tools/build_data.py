@@ -19,6 +19,7 @@ import functools
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -262,9 +263,11 @@ def main(argv: list[str] | None = None) -> None:
         cleaning = add_files(out, given.recipe, args, sources, num_proc)
         if source is not None:
             shares = Shares(args.reading, args.reading_text or 0, args.replay, args.evaluation)
-            rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
+            rows: Iterable[tuple[str, Any]]
             if given.recipe == "reading":
                 rows = (("sft", row) for row in reading_rows(source, READING_ROWS * args.size, "messages"))
+            else:
+                rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
             for stage, row in rows:
                 out.write(stage, row)
     if not out.files:
