@@ -1,4 +1,4 @@
-"""Does reinforcement learning learn? PPO, RLOO and GRPO on the embedded model, by the key of exam questions.
+"""Do reinforcement and preference learning learn? On the embedded model, by the key of exam questions.
 
     python -m benchmarks.reinforcement                # three seeds each, with their curves in outputs/reinforcement
     python -m benchmarks.reinforcement --algorithms grpo --seeds 1 --updates 8
@@ -6,12 +6,13 @@
 The questions are made of the names in data/kg: "哪一项是药品？" with the names of a drug, a disease and a symptom, in
 random order. They are easy on purpose: the embedded model knows nothing, and has to find out in minutes on one core
 which of three names is a drug, and to say the letter that stands before it. Names occur in several questions, a
-question (its three names in their order) in one of the parts alone: warm-up, reinforcement learning, held-out.
+question (its three names in their order) in one of the parts alone: warm-up, learning, held-out.
 
 A short supervised warm-up, the same for all runs, teaches the form of an answer and a little of the matter. From there
-each run learns from the exam key alone, without ever being shown an answer. Measured on the held-out questions, by the
-likeliest answers: accuracy before and after, its difference with the exact McNemar test on the same questions, beside
-the best constant letter, and the KL to the start. It says that the algorithms work, not that a model knows medicine.
+PPO, RLOO and GRPO learn from the exam key alone, without ever being shown an answer, and DPO and ORPO from pairs of the
+right letter and a wrong one. Measured on the held-out questions, by the likeliest answers: accuracy before and after,
+its difference with the exact McNemar test on the same questions, beside the best constant letter, and the KL to the
+start of those that are held to it by one. It says that the algorithms work, not that a model knows medicine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-ALGORITHMS = ("ppo", "rloo", "grpo")
+ALGORITHMS = ("ppo", "rloo", "grpo", "dpo", "orpo")
+PREFERENCE_RATES = {"dpo": 1e-4, "orpo": 1e-4}  # learning rates of the two that learn from pairs
 KINDS = ("药品", "疾病", "症状")  # the first is asked for
 SIZES = {"held_out": 200, "warm_up": 1000, "train": 2000}
 WARM_UP_STEPS = 70
@@ -61,6 +63,13 @@ def write_questions(folder: Path, seed: int = 0) -> dict[str, Path]:
                 question, answer = next(left)
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 stream.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    files["pairs"] = folder / "pairs.jsonl"
+    with open(files["train"], encoding="utf-8") as rows_read, open(files["pairs"], "w", encoding="utf-8") as stream:
+        for line in rows_read:
+            *prompt, chosen = json.loads(line)["messages"]
+            rejected = chosen | {"content": rng.choice([letter for letter in "ABC" if letter != chosen["content"]])}
+            pair = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+            stream.write(json.dumps(pair, ensure_ascii=False) + "\n")
     return files
 
 
@@ -92,24 +101,45 @@ def learn(
     algorithm: str, seed: int, updates: int, start: Path, files: dict[str, Path], output: Path, threads: int
 ) -> dict[str, Any]:
     """One run; correctness of each held-out question before and after, and what run.json says."""
-    flags = {
-        "algorithm": algorithm, "model_name_or_path": start, "train_file_dir": files["train"],
-        "validation_file_dir": files["held_out"], "reward": "exam=1.0", "max_new_tokens": 4, "max_steps": updates,
-        "eval_steps": max(1, updates // 3), "learning_rate": 1e-4, "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 8, "num_generations": 4, "kl_coef": 0.02, "seed": seed, "resume": "never",
-        "generation_batch_size": 128,
-    }  # fmt: skip
     began = time.monotonic()
-    run_script("ppo_training.py", output, flags, threads)
-    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    lines = (output / "held_out_answers.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line) for line in lines]
-    last = max(answer["step"] for answer in answers)
-    correct = {step: [a["score"] > 0.5 for a in answers if a["step"] == step] for step in (0, last)}
-    return {
-        "algorithm": algorithm, "seed": seed, "before": correct[0], "after": correct[last],
-        "kl": record["training"]["kl"], "seconds": time.monotonic() - began,
+    asked = {
+        "train_file_dir": files["train"], "validation_file_dir": files["held_out"], "reward": "exam=1.0",
+        "max_new_tokens": 4, "generation_batch_size": 128, "seed": seed, "resume": "never",
     }  # fmt: skip
+    kl = None
+    if algorithm in PREFERENCE_RATES:
+        flags = {
+            "model_name_or_path": start, "train_file_dir": files["pairs"], "learning_rate": PREFERENCE_RATES[algorithm],
+            "num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+            "validation_split_fraction": 0.02, "seed": seed, "resume": "never",
+        }  # fmt: skip
+        run_script(f"{algorithm}_training.py", output, flags, threads)
+        correct = []
+        for model in (start, output):
+            folder = output.with_name(f"{output.name}-{'before' if model is start else 'after'}")
+            run_script("ppo_training.py", folder, asked | {"model_name_or_path": model, "do_eval": True}, threads)
+            correct.append(read_correct(folder)[0])
+    else:
+        flags = asked | {
+            "algorithm": algorithm, "model_name_or_path": start, "max_steps": updates,
+            "eval_steps": max(1, updates // 3), "learning_rate": 1e-4, "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 8, "num_generations": 4, "kl_coef": 0.02,
+        }  # fmt: skip
+        run_script("ppo_training.py", output, flags, threads)
+        kl = json.loads((output / "run.json").read_text(encoding="utf-8"))["training"]["kl"]
+        steps = read_correct(output)
+        correct = [steps[0], steps[max(steps)]]
+    seconds = time.monotonic() - began
+    return {"before": correct[0], "after": correct[1], "kl": kl, "seconds": seconds}
+
+
+def read_correct(output: Path) -> dict[int, list[bool]]:
+    """Whether each held-out question was answered rightly, for each step at which they were asked."""
+    lines = (output / "held_out_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    correct: dict[int, list[bool]] = {}
+    for answer in map(json.loads, lines):
+        correct.setdefault(answer["step"], []).append(answer["score"] > 0.5)
+    return correct
 
 
 def constant_letter(file: Path) -> float:
@@ -123,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (default: 3)")
-    parser.add_argument("--updates", type=int, default=12, help="of 64 answers each (default: 12)")
+    parser.add_argument("--updates", type=int, default=12, help="of ppo, rloo, grpo, 64 answers each (default: 12)")
     parser.add_argument("--threads", type=int, default=1, help="cores (default: 1)")
     parser.add_argument("--output_dir", default="outputs/reinforcement")
     args = parser.parse_args(argv)
@@ -144,9 +174,10 @@ def main(argv: list[str] | None = None) -> None:
             found = learn(algorithm, seed, args.updates, start, files, output, args.threads)
             test = compare_correct(found["before"], found["after"])
             before, after = (sum(found[name]) / len(found[name]) for name in ("before", "after"))
+            kl = "" if found["kl"] is None else f"{found['kl']:.2f}"
             print(
                 f"| {algorithm} | {seed} | {before:.1%} | {after:.1%} | {test.value:+.1%} ({test.low:+.1%} to"
-                f" {test.high:+.1%}) | {test.p:.1e} | {found['kl']:.2f} | {found['seconds']:.0f} |",
+                f" {test.high:+.1%}) | {test.p:.1e} | {kl} | {found['seconds']:.0f} |",
                 flush=True,
             )
             results.append(

@@ -52,7 +52,9 @@ class Source:
     groups: dict[str, str]
     rules: SynthesisRules
     items: dict[str, list[Item]] = field(default_factory=dict)
-    values: dict[str, list[str]] = field(default_factory=dict)
+    values: dict[tuple[str, str], list[str]] = field(
+        default_factory=dict
+    )  # (group, relation) -> values of its entities
     heads: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (relation, value) -> entity ids
     rights: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # (entity id, relation) -> all its values
     alike: dict[str, list[str]] = field(default_factory=dict)  # entity id -> ids of entities with similar names
@@ -64,7 +66,8 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
     """Index a graph for synthesis; without `groups` every entity is in A."""
     rules = rules or SynthesisRules()
     groups = groups if groups is not None else {fact.head: "A" for fact in graph.facts}
-    source = Source(graph, groups, rules, values=graph.values())
+    source = Source(graph, groups, rules)
+    pools: dict[tuple[str, str], dict[str, None]] = {}
     for item in graph.items():
         if len(item.values) > rules.max_values:
             item = Item(item.entity, item.relation, item.values[: rules.max_values], item.facts[: rules.max_values])
@@ -73,14 +76,16 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
     for fact in graph.facts:
         source.heads.setdefault((fact.relation, fact.value), []).append(fact.head)
         source.rights.setdefault((fact.head, fact.relation), set()).add(fact.value)
+        pools.setdefault((groups[fact.head], fact.relation), {})[fact.value] = None
+    source.values = {key: list(values) for key, values in pools.items()}
     # Where entities have several values each, no graph has all of them: 恶心 may well be a reaction to a drug that is
     # not said to cause it. What holds for many is therefore never offered as wrong.
+    several = set()
     for relation, items in source.others.items():
         known = RELATIONS.get(relation)
-        several = sum(len(item.values) for item in items) > 1.5 * len(items)
-        if several and not (known and known.complete):
-            values = source.values[relation]
-            source.common.update((relation, value) for value in values if len(source.heads[relation, value]) > 3)
+        if sum(len(item.values) for item in items) > 1.5 * len(items) and not (known and known.complete):
+            several.add(relation)
+    source.common = {key for key, heads in source.heads.items() if key[0] in several and len(heads) > 3}
     source.alike = _similar_names([graph.entities[head] for head in source.items])
     return source
 
@@ -180,7 +185,10 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
     """Up to `count` values of the same relation that do not hold: first of entities with similar names, then of any.
 
     A value that contains a right one, or is contained in one (咳嗽, 干咳), is not wrong enough and is passed over.
+    All are values of the entity's own group: those of another give themselves away, as they were met more or less
+    often, and as rejected answers they would teach against what the other group knows.
     """
+    group = source.groups[item.entity.id]
     right = source.rights[item.entity.id, item.relation]
 
     def plausible(value: str) -> bool:
@@ -191,13 +199,14 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
     near = [
         value
         for other in source.alike.get(item.entity.id, ())
+        if source.groups[other] == group
         for candidate in source.items[other]
         if candidate.relation == item.relation
         for value in candidate.values
     ]
     found = [value for value in dict.fromkeys(near) if plausible(value)]
     rng.shuffle(found)
-    pool = source.values[item.relation]
+    pool = source.values[group, item.relation]
     for _ in range(20 * count):
         if len(found) >= count:
             break

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -192,8 +193,20 @@ def test_wrong_values_are_never_right_nor_parts_of_what_is_right(ours):
     for items in ours.items.values():
         for item in items:
             right = {f.value for f in ours.graph.facts if (f.head, f.relation) == (item.entity.id, item.relation)}
-            for wrong in wrong_values(item, ours, __import__("random").Random(0), 4):
+            for wrong in wrong_values(item, ours, random.Random(0), 4):
                 assert not any(wrong in value or value in wrong for value in right)
+
+
+def test_wrong_values_are_those_of_the_same_group(fictional):
+    for group in "ABC":
+        own = {
+            (i.relation, value) for head in heads(fictional, group) for i in fictional.items[head] for value in i.values
+        }
+        for head in heads(fictional, group):
+            for item in fictional.items[head]:
+                found = wrong_values(item, fictional, random.Random(0), 3)
+                assert len(found) == 3
+                assert {(item.relation, value) for value in found} <= own
 
 
 def test_what_many_entities_share_is_never_offered_as_wrong(ours):
