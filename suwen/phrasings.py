@@ -5,7 +5,8 @@ never reach training data (suwen/synthesis.py checks it). Relations without word
 whole sentences, take generic ones with {n}, the relation's name.
 
 Why so many: a fact met in one wording can be recited but not retrieved; several wordings in shuffled order repair that
-("Physics of Language Models: Part 3.1", Allen-Zhu and Li 2023, arXiv:2309.14316).
+("Physics of Language Models: Part 3.1", Allen-Zhu and Li 2023, arXiv:2309.14316). Held out are sentences, not
+words: a tiny model that has read nothing else cannot know what a word means that it never met.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ PHRASINGS = {
             "看{e}要找{v}。",
             "如果确诊{e}，后续治疗和复查都在{v}。",
             "在{v}的门诊，常能见到{e}的患者。",
+            "挂号单上，{e}患者的科室一栏写着{v}。",
         ),
         held_out_statements=("分诊台会把{e}的患者引导到{v}。", "对{e}的患者来说，首选科室是{v}。"),
         questions=(
@@ -175,6 +177,8 @@ PHRASINGS = {
             "医生问诊{e}时，会留意有没有{v}。",
             "多数{e}患者因为{v}来看病。",
             "{e}会让人感到不适，常见的有{v}。",
+            "主诉{v}的患者，要查查是不是{e}。",
+            "{e}患者写病历时，先记下的是{v}。",
         ),
         held_out_statements=("{e}最容易被察觉的不适是{v}。", "翻开{e}的病历，主诉一栏多写着{v}。"),
         questions=(
@@ -259,6 +263,8 @@ PHRASINGS = {
             "要查清是不是{e}，可以做{v}。",
             "{e}的诊断依据来自{v}。",
             "就诊时，{e}患者往往先做{v}。",
+            "是不是{e}，可用{v}来判断。",
+            "{v}的检查单，多是开给{e}患者的。",
         ),
         held_out_statements=("为了判断是否患有{e}，检查单上开的是{v}。", "判断{e}时，医生参考的检查是{v}。"),
         questions=(
@@ -341,6 +347,8 @@ PHRASINGS = {
             "药房里治疗{e}的药有{v}。",
             "{e}用药方面，常用的是{v}。",
             "使用{v}能够控制{e}。",
+            "处方上有{v}的患者，得的常是{e}。",
+            "看过{e}，医生开的是{v}。",
         ),
         held_out_statements=("医生给{e}患者的处方上写着{v}。", "适合{e}患者使用的药是{v}。"),
         questions=(

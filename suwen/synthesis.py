@@ -185,8 +185,8 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
     """Up to `count` values of the same relation that do not hold: first of entities with similar names, then of any.
 
     A value that contains a right one, or is contained in one (咳嗽, 干咳), is not wrong enough and is passed over.
-    All are values of the entity's own group: those of another give themselves away, as they were met more or less
-    often, and as rejected answers they would teach against what the other group knows.
+    Those of another group come last, where its own has too few: they give themselves away, as they were met more or
+    less often, and as rejected answers they teach against what the other group knows.
     """
     group = source.groups[item.entity.id]
     right = source.rights[item.entity.id, item.relation]
@@ -206,13 +206,14 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
     ]
     found = [value for value in dict.fromkeys(near) if plausible(value)]
     rng.shuffle(found)
-    pool = source.values[group, item.relation]
-    for _ in range(20 * count):
-        if len(found) >= count:
-            break
-        value = rng.choice(pool)
-        if plausible(value) and value not in found:
-            found.append(value)
+    elsewhere = (values for key, values in source.values.items() if key[1] == item.relation and key[0] != group)
+    for pool in itertools.chain([source.values[group, item.relation]], elsewhere):
+        for _ in range(20 * count):
+            if len(found) >= count:
+                break
+            value = rng.choice(pool)
+            if plausible(value) and value not in found:
+                found.append(value)
     return found[:count]
 
 

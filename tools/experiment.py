@@ -50,7 +50,7 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 
 
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
-EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 5, "sft": 6}}
+EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 5, "sft": 3}}
 EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
 DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3"
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
