@@ -50,7 +50,7 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 
 
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
-EPOCHS = {"default": {"pt": 5, "sft": 3}, "full": {"pt": 5, "sft": 3}}
+EPOCHS = {"pt": 5, "sft": 3, "rm": 10}
 EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
 DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3"
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
@@ -67,8 +67,8 @@ TINY_FLAGS = {
     "sft": "--learning_rate 1e-3 --use_peft False",
     "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0",
     "orpo": "--learning_rate 5e-4 --lora_dropout 0",
-    "rm": "--learning_rate 1e-3 --lora_dropout 0",
-    "ppo": "--learning_rate 1e-4 --lora_dropout 0 --max_new_tokens 24",
+    "rm": "--learning_rate 2e-3 --lora_dropout 0",
+    "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16",
 }
 OWN_FLAGS = {
     "warmup": "--learning_rate 1e-4",
@@ -125,7 +125,7 @@ class Experiment:
 
     def data_command(self) -> list[str]:
         args = self.args
-        passes = -(-(args.exposures or EXPOSURES[args.size]) // EPOCHS[args.size]["pt"])
+        passes = -(-(args.exposures or EXPOSURES[args.size]) // EPOCHS["pt"])
         flags = f"{DATA} --passages {PASSAGES} --passes {passes} --shuffle {args.shuffle} --seed {self.seed} "
         flags += READING if "retrieval" in args.stages else "--reading 0"
         flags += f" --wordings {args.wordings}" if args.wordings else ""
@@ -148,7 +148,7 @@ class Experiment:
 
 def training_flags(args: argparse.Namespace, stage: str) -> list[str]:
     flags = OWN_FLAGS.get(stage, "") if args.model else f"{TINY} {TINY_FLAGS[stage]}"
-    flags = f"--num_train_epochs {EPOCHS[args.size].get(stage, 1)} {flags}"
+    flags = f"--num_train_epochs {EPOCHS.get(stage, 1)} {flags}"
     return [*flags.split(), *(["--use_peft", "True"] if args.lora == "True" else [])]
 
 
