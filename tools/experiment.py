@@ -50,7 +50,7 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 
 
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
-EPOCHS = {"pt": 5, "sft": 3, "rm": 10}
+EPOCHS = {"pt": 5, "sft": 3}
 EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
 DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3"
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
@@ -67,7 +67,7 @@ TINY_FLAGS = {
     "sft": "--learning_rate 1e-3 --use_peft False",
     "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0",
     "orpo": "--learning_rate 5e-4 --lora_dropout 0",
-    "rm": "--learning_rate 2e-3 --lora_dropout 0",
+    "rm": "--learning_rate 2e-3 --lora_dropout 0 --num_train_epochs 10",
     "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16",
 }
 OWN_FLAGS = {
