@@ -21,8 +21,8 @@ VERSION = 1  # to be raised when the same text gives other terms, so that old in
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # PDF and books are wrapped in the middle of a word.
 WRAP = re.compile(f"[ \\t]*\\n[ \\t]*(?=[{HAN}])")
-# The punctuation of every Chinese text, and what NFKC makes of it. With that replaced, which is quick, most texts are in
-# NFKC's form, and it has only to look.
+# The punctuation of every Chinese text, and what NFKC makes of it. With that replaced, which is quick, most texts are
+# in its form already, and it has only to look.
 WIDE = tuple((mark, unicodedata.normalize("NFKC", mark)) for mark in "，（）：；？！～")
 PAIR = re.compile(f"[{HAN}]{{1,2}}")
 WORD_BIT = 1 << (TERM_BITS - 1)
