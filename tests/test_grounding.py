@@ -8,6 +8,7 @@ from tiny import tiny_tokenizer
 from suwen.encoding import ChatEncoder
 from suwen.retrieval.grounding import (
     CLOSING,
+    FOLLOW_UP,
     NOT_FOUND,
     OPENING,
     check_citations,
@@ -180,6 +181,27 @@ def test_a_follow_up_question_is_searched_with_the_one_before(tmp_path):
     assert find_passages(knowledge, [{"role": "user", "content": "小孩呢？"}]) == []
     hits = find_passages(knowledge, [*before, {"role": "user", "content": "小孩呢？"}])
     assert hits[0].passage.title == "布洛芬"
+
+
+@pytest.mark.parametrize("question", ["那副作用呢？", "它的副作用有哪些", "副作用呢", "这个药有什么副作用？"])
+def test_a_follow_up_question_finds_what_it_is_about_and_not_the_side_effects_of_something_else(tmp_path, question):
+    others = dict.fromkeys(("多沙普仑", "洛铂"), "副作用：副作用有皮疹。副作用少见。")
+    knowledge = knowledge_of(tmp_path, 布洛芬="用于缓解疼痛。不良反应有恶心。", **others)
+    before = [{"role": "user", "content": "布洛芬缓解疼痛吗？"}, {"role": "assistant", "content": "用于缓解疼痛[1]。"}]
+    again = [{"role": "user", "content": "那剂量呢？"}, {"role": "assistant", "content": "没有相关内容。"}]
+    for earlier in (before, [*before, *again]):
+        hits = find_passages(knowledge, [*earlier, {"role": "user", "content": question}])
+        assert hits[0].passage.title == "布洛芬"
+    alone = find_passages(knowledge, [{"role": "user", "content": question}])
+    assert alone[0].passage.title != "布洛芬"
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["其他药会影响它吗", "头痛怎么治疗呢？", "其它办法有哪些？", "高血压应该吃什么呢？", "请问那格列奈怎么吃"],
+)
+def test_what_is_no_follow_up(question):
+    assert bool(FOLLOW_UP.search(question)) == ("影响它" in question)
 
 
 def test_a_question_that_nothing_answers_is_not_given_to_the_model(tmp_path, encoder):

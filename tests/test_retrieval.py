@@ -261,6 +261,24 @@ def test_the_leaflet_of_the_drug_comes_first(knowledge):
     assert knowledge.search("", 3) == knowledge.search("？！", 3) == knowledge.search("zzz", 3) == []
 
 
+def test_a_title_that_the_question_names_comes_before_a_longer_name(tmp_path):
+    rows = [
+        {"name": "麻黄碱", "特点": "作用缓和而持久，口服有效，可引起中枢兴奋，易产生快速耐受性。"},
+        {"name": "伪麻黄碱", "特点": "作用缓和，减轻鼻充血。"},
+        {"name": "氯雷他定", "特点": "可与其他药同服，不引起嗜睡。"},
+    ]
+    write(tmp_path / "leaflets.jsonl", *rows)
+    build_index([str(tmp_path / "leaflets.jsonl")], str(tmp_path / "index"))
+    knowledge = KnowledgeBase(str(tmp_path / "index"))
+    passages, scores = knowledge.bm25.search(knowledge.bm25.question_terms("麻黄碱作用")[0], 3)
+    plain = {knowledge.store[row].title: score for row, score in zip(passages.tolist(), scores.tolist(), strict=True)}
+    assert list(plain) == ["伪麻黄碱", "麻黄碱"]
+    hits = knowledge.search("麻黄碱作用")
+    expected = {"麻黄碱": plain["麻黄碱"] + 0.2 * plain["伪麻黄碱"], "伪麻黄碱": plain["伪麻黄碱"]}
+    assert {hit.passage.title: hit.score for hit in hits} == pytest.approx(expected)
+    assert [hit.passage.title for hit in hits] == ["麻黄碱", "伪麻黄碱"]
+
+
 def test_ranks_are_fused_by_their_reciprocals():
     rows, scores = fuse_ranks([np.array([7, 3]), np.array([3, 9])])
     assert rows.tolist() == [3, 7, 9]

@@ -32,6 +32,10 @@ DELIMITER = re.compile(rf"[<＜〈《﹤]{GAP}(?=[/／]?{GAP}资{GAP}料)")
 NUMBER = re.compile(rf"[\[［]({GAP}[0-9０-９]{{1,3}}(?:{GAP}[,，、;；\-–—~～]{GAP}[0-9０-９]{{1,3}})*{GAP})[\]］]")
 CITATION = re.compile(r"[\[［【]\s*((?:资料|来源)?\s*[0-9]{1,3}(?:\s*[,，、;；\-–—~～]\s*[0-9]{1,3})*)\s*[\]］】]")
 SENTENCE = re.compile(r"[^。！？!?；;\n]+[。！？!?；;\n]*(?:\s*[\[［【][^\]］】]{1,20}[\]］】])*")
+# A question that is about what was asked before: 那副作用呢？ 它能和酒一起吃吗？
+FOLLOW_UP = re.compile(
+    r"^(?:那|这|它|其(?![他它实])|还有|另外)|(?<!其)它|(?:这|那|该)(?:个|种|类|款)?(?:药|病|症)|^[^什怎哪如多几吗]{1,10}呢[？?。\s]*$"
+)
 SUPPORT = 0.3  # share of a sentence's pairs of characters that a passage must contain to carry it
 
 
@@ -117,10 +121,13 @@ def prepare(
 def find_passages(knowledge: KnowledgeBase, messages: list[dict]) -> list[Hit]:
     """Passages for the last question; none if the best lies under the knowledge base's threshold.
 
-    A question that finds nothing by itself, such as “那副作用呢？”, is searched once more together with the one before.
+    A question that leans on the one before, such as “那副作用呢？”, is searched together with it: by itself it would
+    find the side effects of something else. So is, once more, a question that finds nothing by itself.
     """
-    questions = [message["content"] for message in messages if message["role"] == "user"]
-    wordings = [questions[-1], *(f"{before} {questions[-1]}" for before in questions[-2:-1])]
+    *earlier, question = [message["content"] for message in messages if message["role"] == "user"]
+    before = next((asked for asked in reversed(earlier) if not FOLLOW_UP.search(asked)), "")
+    together = f"{before} {question}".strip()
+    wordings = [together] if FOLLOW_UP.search(question) else dict.fromkeys((question, together))
     for wording in wordings:
         hits = knowledge.search(wording, knowledge.settings.num_passages)
         if max((hit.relevance for hit in hits), default=-1.0) >= knowledge.settings.min_relevance:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from suwen.retrieval.injection import suspicious
 
@@ -17,7 +17,8 @@ HEADING = re.compile(
 )
 LABEL = re.compile(r"【([^】\n]{1,20})】")  # the sections of a leaflet, whose text may follow on the same line
 LONGEST_HEADING = 40  # characters
-SENTENCE_END = re.compile(r"[。！？；!?;…]+[”’」』）)\]]*\s*|\.\s+")
+# One set of characters first, which the search skips to: a mark or several with what closes behind them, or a full stop
+SENTENCE_END = re.compile(r"[。！？；!?;….](?:(?<=\.)\s+|(?<!\.)[。！？；!?;…]*[”’」』）)\]]*\s*)")
 NO_HEADING = re.compile(r"[，。！？；：,!?;]|[、:.]$")
 SOFT_BREAK = re.compile(r"[，、,\s](?=[^，、,\s]*$)")
 
@@ -74,8 +75,7 @@ def indexed_text(title: str, heading: str, text: str) -> str:
     return "\n".join(filter(None, (title, title, heading, text)))
 
 
-@dataclass
-class _Unit:
+class _Unit(NamedTuple):
     """A sentence, or a heading."""
 
     start: int
@@ -150,29 +150,32 @@ def _units(text: str, size: int) -> Iterator[_Unit]:
                 continue
         begin, first = 0, True
         for end in (*_sentence_ends(line), len(line)):
-            for start, stop in _pieces(line, begin, end, size):
-                yield _Unit(at + start, at + stop, heading if first else None, first)
-                first = False
+            # Few sentences are longer than a passage
+            for start, stop in _pieces(line, begin, end, size) if end - begin > size else [(begin, end)]:
+                if stop > start:
+                    yield _Unit(at + start, at + stop, heading if first else None, first)
+                    first = False
             begin = end
         at += len(line)
 
 
-def _sentence_ends(line: str) -> Iterator[int]:
-    for match in SENTENCE_END.finditer(line):
-        # A full stop ends a sentence behind a word; behind a figure or a letter it is a number or an initial
-        if match[0][0] != "." or line[max(0, match.start() - 2) : match.start()].isalpha():
-            yield match.end()
+def _sentence_ends(line: str) -> list[int]:
+    # A full stop ends a sentence behind a word; behind a figure or a letter it is a number or an initial
+    return [
+        match.end()
+        for match in SENTENCE_END.finditer(line)
+        if match[0][0] != "." or line[max(0, match.start() - 2) : match.start()].isalpha()
+    ]
 
 
 def _pieces(line: str, start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """A sentence, in parts where it is longer than `size`; at a comma in the last quarter of a part if there is one."""
+    """A long sentence in parts; at a comma in the last quarter of a part if there is one."""
     while end - start > size:
         comma = SOFT_BREAK.search(line, start + size * 3 // 4, start + size)
         cut = comma.end() if comma else start + size
         yield start, cut
         start = cut
-    if end > start:
-        yield start, end
+    yield start, end
 
 
 def heading_of(line: str) -> str | None:
