@@ -6,9 +6,9 @@ older ones are deleted only then. So a process that is killed at any moment leav
 unfinished one, never half of one under its final name. All ranks must see the same disk.
 
 Weights are safetensors. Optimizer, schedule and random states are written by the library as pickles and read without
-their code (`weights_only`), so is FSDP's copy of the weights; DeepSpeed reads its state with it. So a run goes on only
-from below its own output folder, and only after the manifest has verified. That tells damage; it is no signature: who
-can write into the output folder of a run under DeepSpeed can make that run execute code.
+their code (`weights_only`); DeepSpeed reads its state, which holds weights too, with it. So a run goes on only from
+below its own output folder, and only after the manifest has verified. That tells damage; it is no signature: who can
+write into the output folder of a run under DeepSpeed can make that run execute code.
 """
 
 from __future__ import annotations
