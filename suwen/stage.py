@@ -29,6 +29,7 @@ from suwen.lineage import (
 )
 from suwen.locking import hold, refuse_abandoned_builds
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.nonfinite import require_finite_weights
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (
@@ -424,20 +425,6 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
         "resumed_from": str(checkpoint) if checkpoint else None,
         **({"skipped_steps": trainer.nonfinite.skipped} if trainer.nonfinite.skipped else {}),
     }
-
-
-def require_finite_weights(trainer: Any) -> None:
-    """Refuse to save weights that hold NaN or infinity; every rank takes part."""
-    broken = [
-        name for name, p in trainer.model.named_parameters() if p.requires_grad and not torch.isfinite(p.data).all()
-    ]
-    found = trainer.accelerator.gather(torch.tensor([len(broken)], device=trainer.args.device))
-    if found.sum() > 0:
-        where = broken[0] if broken else "weights on another rank"
-        raise ValueError(
-            f"{where}: holds NaN or infinity after the training, nothing is saved; lower --learning_rate, or use "
-            "--bf16 instead of --fp16"
-        )
 
 
 def finish(trainer: Any, record: dict[str, Any], output: Path, file: str | None = None) -> None:

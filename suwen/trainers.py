@@ -28,7 +28,7 @@ from suwen.interruption import StopSignals
 from suwen.lineage import read_json
 from suwen.models import without_adapter, without_dropout
 from suwen.neftune import EmbeddingNoise
-from suwen.nonfinite import NonFinite, require_finite_evaluation
+from suwen.nonfinite import NonFinite, require_finite_evaluation, require_finite_weights
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
@@ -252,6 +252,7 @@ class PackedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """What the library writes, into a folder aside that is published when it is whole."""
+        require_finite_weights(self)
         output, step, state = Path(self.args.output_dir), self.state.global_step, self.state
         unlogged = {
             "sums": self.gathered(self.sums) if self.sums else {},
