@@ -6,9 +6,9 @@ older ones are deleted only then. So a process that is killed at any moment leav
 unfinished one, never half of one under its final name. All ranks must see the same disk.
 
 Weights are safetensors. Optimizer, schedule and random states are written by the library as pickles and read without
-their code (`weights_only`), so is FSDP's copy of the weights; DeepSpeed reads its state with it. So a run goes on only
-from below its own output folder, and only after the manifest has verified. That tells damage; it is no signature: who
-can write into the output folder of a run under DeepSpeed can make that run execute code.
+their code (`weights_only`); DeepSpeed reads its state, which holds weights too, with it. So a run goes on only from
+below its own output folder, and only after the manifest has verified. That tells damage; it is no signature: who can
+write into the output folder of a run under DeepSpeed can make that run execute code.
 """
 
 from __future__ import annotations
@@ -152,10 +152,11 @@ def publish(folder: Path, target: Path, about: dict[str, Any]) -> None:
     )
     for path in (manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         _flush(path)
-    if target.exists():
-        _delete(target)
+    replaced = _hide(target) if target.exists() else None
     os.rename(folder, target)
     _flush(target.parent)
+    if replaced:
+        shutil.rmtree(replaced)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Collection[int] = ()) -> None:
@@ -175,11 +176,14 @@ def remove_unfinished(output_dir: Path) -> list[str]:
 
 
 def _delete(path: Path) -> None:
-    """A folder that is being deleted no longer has the name of a checkpoint."""
+    shutil.rmtree(_hide(path))
+
+
+def _hide(path: Path) -> Path:
+    """A folder that is about to be deleted no longer has the name of a checkpoint."""
     hidden = path.with_name(f".deleting-{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    return path.rename(hidden)
 
 
 def _hash_and_flush(path: Path) -> str:
@@ -327,7 +331,7 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
         later = [p for p in checkpoints if named_step(p) >= checkpoint_step(chosen) and not p.samefile(chosen)]
         if later:
             lines.append(f"checkpoints that are not behind it moved to {set_aside(later, output_dir, 'later')}")
-    return chosen, lines + ([f"going on from {chosen}, verified"] if chosen else [])
+    return chosen, lines
 
 
 def identity_difference(recorded: dict[str, Any], current: dict[str, Any]) -> str | None:

@@ -304,7 +304,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
                 shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed
             building = Path(tempfile.mkdtemp(prefix=f"{key[:32]}.building.", dir=root))
             try:
-                report = _build(data, schema, encode, train_sources, validation_sources, building)
+                report = _build(data, schema, encode, train_sources, validation_sources, contents, building)
                 if changed := changed_files(contents):
                     raise ValueError(f"{changed[0]}: has changed while it was read; start again")
                 (building / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), "utf-8")
@@ -400,6 +400,7 @@ def _build(
     encode: Encode,
     train_sources: list[Source],
     validation_sources: list[Source],
+    contents: dict[str, str],
     folder: Path,
 ) -> Report:
     began = time.monotonic()
@@ -447,7 +448,7 @@ def _build(
             thin(chosen, data.max_eval_samples, random, report.rows_left_out, "--max_eval_samples")
         seen = count_among(validation_prompts, chosen, prompts, times > 0)
         report.validation_rows_seen_in_training = seen
-        if _same_files(train_sources, validation_sources):
+        if _same_files(train_sources, validation_sources, contents):
             report.notes.append("the validation files are training files: the validation loss will look too good")
         elif seen:
             report.notes.append(f"the prompts of {seen:,} of {chosen.sum():,} validation rows are in training too")
@@ -491,10 +492,10 @@ def _names(files: tuple[Path, ...]) -> str:
     return ", ".join(file.name for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def _same_files(train: list[Source], validation: list[Source]) -> bool:
+def _same_files(train: list[Source], validation: list[Source], contents: dict[str, str]) -> bool:
     """Whether a file, or a copy of it, is on both sides."""
-    hashes = {readers.hash_file(file) for source in train for file in source.files}
-    return any(readers.hash_file(file) in hashes for source in validation for file in source.files)
+    one, other = ({contents[str(file)] for source in part for file in source.files} for part in (train, validation))
+    return not one.isdisjoint(other)
 
 
 def _open(path: Path) -> Dataset | None:

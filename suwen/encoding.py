@@ -577,6 +577,7 @@ def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return default_beginning(tokenizer) + ids + [tokenizer.eos_token_id]
 
 
+@lru_cache(maxsize=8)  # asked for every document
 def default_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer by itself puts in front of a text."""
     [plain] = token_ids(tokenizer, ["a"])

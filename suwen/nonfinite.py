@@ -38,6 +38,25 @@ def require_finite_evaluation(loss: float, step: int) -> None:
         )
 
 
+def require_finite_weights(trainer: Any) -> None:
+    """Refuse to save weights that hold NaN or infinity; every rank takes part.
+
+    Raises:
+        ValueError: on every rank, one of them has found some.
+    """
+    broken = [
+        name
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad and not torch.isfinite(getattr(p, "ds_tensor", p.data)).all()  # ZeRO-3's part of it
+    ]
+    found = trainer.accelerator.gather(torch.tensor([len(broken)], device=trainer.args.device))
+    if found.sum() > 0:
+        where = broken[0] if broken else "weights on another rank"
+        raise ValueError(
+            f"{where}: holds NaN or infinity and is not saved; lower --learning_rate, or use --bf16 instead of --fp16"
+        )
+
+
 class NonFinite:
     """Looks at each optimiser step before it is taken, and stops the training or leaves the step out.
 

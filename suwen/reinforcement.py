@@ -17,6 +17,7 @@ from suwen.arguments import StageArguments
 from suwen.checkpoint import Saves, list_checkpoints, named_step
 from suwen.failures import explained
 from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
+from suwen.nonfinite import require_finite_weights
 from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer, describe_updates
 from suwen.progress import main_process, say
@@ -113,7 +114,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         keeps, what = settle_on_best(trainer, output, best)
         record["stopped"] = reason = f"{reason}. {what}"
     if keeps:
-        stage.require_finite_weights(trainer)
+        require_finite_weights(trainer)
         stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
     adapter = output / ADAPTER_WEIGHTS
     record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
@@ -235,6 +236,7 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path, about: dict[str, Any] 
     Args:
         about: see `suwen.checkpoint.Saves`.
     """
+    require_finite_weights(trainer)
 
     def write(folder: Path) -> None:
         if trainer.is_deepspeed_enabled:

@@ -20,15 +20,15 @@ def engine_of(checkpoint: Path) -> str:
     """The engine whose files a checkpoint holds."""
     if any(checkpoint.glob("global_step*")):
         return "deepspeed"
-    return "fsdp" if any(checkpoint.glob("*/*.distcp")) or any(checkpoint.glob("pytorch_model_fsdp*")) else "none"
+    return "fsdp" if (checkpoint / "optimizer.bin").is_file() else "none"
 
 
 def fit_processes(checkpoint: Path, recorded: dict[str, Any], current: dict[str, Any], engine: str) -> dict[str, Any]:
     """What a checkpoint's run would have been with the processes of this one; it is then compared as usual.
 
-    Without an engine every process holds the whole state, and FSDP gathers it in a checkpoint or reshards its parts, so
-    any number goes on, as long as together they take as many sequences at once: then the order of the data is the same
-    too. Only the random numbers of dropout are others.
+    Without an engine every process holds the whole state, and FSDP gathers it in a checkpoint, so any number goes on,
+    as long as together they take as many sequences at once: then the order of the data is the same too. Only the random
+    numbers of dropout are others.
 
     Args:
         recorded, current: see `suwen.resuming.identity`.

@@ -54,6 +54,15 @@ def identity(
     }
 
 
+def at_its_place(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """What a run was, had its start and its data lain where they lie now; those that hold something else stay apart."""
+    places = {"weights of the start": ("start",), "data": ("train_file_dir", "validation_file_dir")}
+    for content, names in places.items():
+        if recorded.get(content) and recorded[content] == current[content]:
+            recorded = recorded | {name: current[name] for name in names if name in current}
+    return recorded
+
+
 def about_run(record: dict[str, Any]) -> dict[str, Any]:
     """What the manifest of a checkpoint keeps of the run, so that another run is told from it."""
     return {name: record[name] for name in ("stage", "versions", "world_size", "identity")} | {
@@ -68,6 +77,8 @@ def resume_from(args: StageArguments, record: dict[str, Any], output: Path) -> P
         checkpoint, lines = find_checkpoint(output, args.run.resume)
         say(*lines)
         refuse_another_run(args, record, output, checkpoint)
+        if checkpoint:
+            say(f"going on from {checkpoint}, verified")
         found = [checkpoint]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
@@ -77,7 +88,9 @@ def resume_from(args: StageArguments, record: dict[str, Any], output: Path) -> P
 def finished_before(args: StageArguments, record: dict[str, Any], output: Path) -> dict[str, Any] | None:
     """The record of this very run where it has come to its end in this folder, which is said; then nothing is left."""
     earlier = read_json(output / "run.json")
-    if args.run.resume != "auto" or not earlier.get("finished") or earlier.get("identity") != record["identity"]:
+    if args.run.resume != "auto" or not earlier.get("finished") or not earlier.get("identity"):
+        return None
+    if identity_difference(at_its_place(earlier["identity"], record["identity"]), record["identity"]):
         return None
     say("this very run has finished already: nothing is trained again (--resume never starts anew)")
     return earlier
@@ -101,7 +114,7 @@ def refuse_another_run(args: StageArguments, record: dict[str, Any], output: Pat
         if not earlier.get("finished") or not earlier.get("identity"):
             return
         recorded, contents = earlier["identity"], earlier["data"].get("contents", {})
-    difference = identity_difference(recorded, record["identity"])
+    difference = identity_difference(at_its_place(recorded, record["identity"]), record["identity"])
     if difference is None:
         return
     if recorded.get("data") != record["identity"]["data"]:

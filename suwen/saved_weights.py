@@ -1,4 +1,4 @@
-"""Whether weights on the disk are those in memory, tensor by tensor."""
+"""Weights on the disk and in memory: compared tensor by tensor when saved, and all of them taken up again."""
 
 from __future__ import annotations
 
@@ -22,10 +22,38 @@ def require_saved(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] 
     Raises:
         RuntimeError: a tensor differs, is missing, or is of another type.
     """
-    live = state_dict if state_dict is not None else model.state_dict()
+    require_equal(_by_stored_name(model, state_dict), sorted(folder.glob("*.safetensors")))
+
+
+def load_saved(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Fill the live tensors, the model's or those of `state_dict`, with the weights of a checkpoint, all of them.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another type or shape.
+    """
+    live = _by_stored_name(model, state_dict)
+    filled: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                saved = file.get_tensor(name)
+                if name not in live or (saved.dtype, saved.shape) != (live[name].dtype, live[name].shape):
+                    raise ValueError(f"{path}: {name} does not fit this model; --resume never starts anew")
+                live[name].copy_(saved)
+                filled.add(name)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    same = {parameters[name]: name for name in filled if name in parameters}
+    for name in live.keys() - filled:  # tied weights are stored once
+        if parameters.get(name) not in same:
+            raise ValueError(f"{folder}: {name} is missing; --resume never starts anew")
+        live[name].copy_(live[same[parameters[name]]])
+
+
+def _by_stored_name(model: Any, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The live tensors that a checkpoint holds, by their names in its files."""
     if isinstance(model, PeftModel):
-        live = get_peft_model_state_dict(model, state_dict=state_dict)
-    require_equal(live, sorted(folder.glob("*.safetensors")))
+        return get_peft_model_state_dict(model, state_dict=state_dict)
+    return state_dict if state_dict is not None else model.state_dict()
 
 
 def require_equal(live: dict[str, torch.Tensor], files: list[Path]) -> None:

@@ -29,6 +29,7 @@ from suwen.lineage import (
 )
 from suwen.locking import hold, refuse_abandoned_builds
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.nonfinite import require_finite_weights
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (
@@ -93,6 +94,11 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             raise ValueError(f"--{name}: {why}; leave it out")
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
+    if engine_in_use() == "fsdp" and (kind := os.environ.get("FSDP_STATE_DICT_TYPE")) != "FULL_STATE_DICT":
+        raise ValueError(
+            f"fsdp_state_dict_type: found {kind}, expected FULL_STATE_DICT as in configs/fsdp2.yaml; parts of "
+            "weights would be written as pickles, and no model at the end"
+        )
     trains = library.get("do_train") or not (library.get("do_eval") or "do_train" in library)
     check_tasks(args.run, trains, "deepspeed" if uses_deepspeed(library) else engine_in_use())
     if uses_deepspeed(library):
@@ -419,20 +425,6 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
         "resumed_from": str(checkpoint) if checkpoint else None,
         **({"skipped_steps": trainer.nonfinite.skipped} if trainer.nonfinite.skipped else {}),
     }
-
-
-def require_finite_weights(trainer: Any) -> None:
-    """Refuse to save weights that hold NaN or infinity; every rank takes part."""
-    broken = [
-        name for name, p in trainer.model.named_parameters() if p.requires_grad and not torch.isfinite(p.data).all()
-    ]
-    found = trainer.accelerator.gather(torch.tensor([len(broken)], device=trainer.args.device))
-    if found.sum() > 0:
-        where = broken[0] if broken else "weights on another rank"
-        raise ValueError(
-            f"{where}: holds NaN or infinity after the training, nothing is saved; lower --learning_rate, or use "
-            "--bf16 instead of --fp16"
-        )
 
 
 def finish(trainer: Any, record: dict[str, Any], output: Path, file: str | None = None) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate.utils import save_fsdp_optimizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from tqdm import tqdm
 from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import PAIR_COLUMNS, collate_ends, collate_pairs, collate_rows
@@ -25,12 +28,12 @@ from suwen.interruption import StopSignals
 from suwen.lineage import read_json
 from suwen.models import without_adapter, without_dropout
 from suwen.neftune import EmbeddingNoise
-from suwen.nonfinite import NonFinite, require_finite_evaluation
+from suwen.nonfinite import NonFinite, require_finite_evaluation, require_finite_weights
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
 from suwen.records import write_json
-from suwen.saved_weights import require_saved, state_bytes
+from suwen.saved_weights import load_saved, require_saved, state_bytes
 
 UNLOGGED = "unlogged.json"  # in a checkpoint: what the next log line will be made of
 
@@ -249,6 +252,7 @@ class PackedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """What the library writes, into a folder aside that is published when it is whole."""
+        require_finite_weights(self)
         output, step, state = Path(self.args.output_dir), self.state.global_step, self.state
         unlogged = {
             "sums": self.gathered(self.sums) if self.sums else {},
@@ -289,9 +293,43 @@ class PackedTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            model.save_pretrained(folder, state_dict=state_dict)
+            # A checkpoint holds weights by their live names; the library would give experts other ones, and not know
+            # these when the run goes on
+            names = {"save_original_format": False} if self.run_dir and not isinstance(model, PeftModel) else {}
+            given = dict(state_dict) if state_dict is not None else None  # the library may empty it
+            model.save_pretrained(folder, state_dict=given, **names)
             self.processing_class.save_pretrained(folder)
             require_saved(model, folder, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Without FSDP's own copy of the weights, a pickle
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """All weights of a checkpoint; the library passes over those whose names it does not know."""
+        folder = Path(resume_from_checkpoint)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.is_fsdp_enabled:
+            load_saved(model, folder)
+            return
+        found = self.accelerator.get_state_dict(self.model)  # whole on the first rank, empty on the others
+        if self.args.should_save:
+            load_saved(model, folder, found)
+        set_model_state_dict(
+            model, found, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        )
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def go_on(self) -> None:
         """Take up what had been computed, but not logged, before a checkpoint; the library has set it to nothing."""

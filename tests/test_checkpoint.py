@@ -173,10 +173,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_so(tmp_path):
 
     with pytest.raises(ValueError, match="step 6: .*No space left on device.*the last whole one is .*checkpoint-5"):
         Saves(tmp_path).save(6, write, {})
-    assert find_checkpoint(tmp_path, "auto") == (
-        tmp_path / "checkpoint-5",
-        [f"going on from {tmp_path}/checkpoint-5, verified"],
-    )
+    assert find_checkpoint(tmp_path, "auto") == (tmp_path / "checkpoint-5", [])
 
 
 def test_a_step_is_saved_once(tmp_path):

@@ -1,6 +1,7 @@
 """Mixtures of experts: the routers' loss by hand and against the library's, in training, and what engines are told."""
 
 import io
+import shutil
 from contextlib import redirect_stdout
 
 import pytest
@@ -138,6 +139,23 @@ def test_training_with_the_loss_evens_out_what_training_without_it_does_not(fold
         ]
         found[weight] = model(**pack_rows([{"input_ids": ids, "labels": ids}])).router_loss.item()
     assert 2 <= found["0.5"] < found["0"]
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek-moe"])
+def test_a_resumed_run_goes_on_with_the_experts_that_it_had(name, folders, tmp_path):
+    flags = ["--train_file_dir", "data/pretrain", "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(pretraining.main, folders[name], whole, *flags)
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    train(pretraining.main, folders[name], resumed, *flags)
+    # A checkpoint holds weights by other names than the result does: read as a model they are the same
+    expected = load(str(whole)).state_dict()
+    for folder in (resumed, whole / "checkpoint-3"):
+        found = load(str(folder)).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 @pytest.mark.training

@@ -13,6 +13,7 @@ from datasets import Dataset
 from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import supervised_finetuning
 from suwen.packing import Packs
@@ -39,6 +40,21 @@ def base(tmp_path_factory) -> Path:
         for i in range(34)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return folder
+
+
+LORA, TIED = ("--use_peft", "True"), ("tied",)
+
+
+@pytest.fixture(scope="module")
+def tied(base, tmp_path_factory) -> Path:
+    """The same base with one matrix for embedding and head."""
+    folder = tmp_path_factory.mktemp("tied")
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    model = tiny_model(AutoTokenizer.from_pretrained(folder))
+    config = LlamaConfig.from_dict(model.config.to_dict() | {"tie_word_embeddings": True})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    assert "lm_head.weight" not in weights(folder)
     return folder
 
 
@@ -84,7 +100,8 @@ def losses(output: Path) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    [file] = folder.glob("*model.safetensors")
+    return load_file(file)
 
 
 def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -127,15 +144,21 @@ def test_two_processes_of_every_engine_have_the_losses_and_weights_of_one(config
     train_two(base, tmp_path / "out", config, "--max_steps", "3")
     require_same_run(tmp_path / "out", alone, base)
     files = {path.name for path in (tmp_path / "out" / "checkpoint-3").iterdir()}
-    assert "global_step3" in files if config.startswith("zero") else "pytorch_model_fsdp.bin" in files
+    assert engine_of(tmp_path / "out" / "checkpoint-3") == ("fsdp" if config == "fsdp2" else "deepspeed")
+    assert "pytorch_model_fsdp.bin" not in files, "weights are safetensors"
 
 
 @pytest.mark.training
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["zero2", "fsdp2"])
-def test_a_resumed_run_of_two_processes_has_the_bits_of_an_uninterrupted_one(config, base, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [("zero2", ()), ("fsdp2", ()), *(pytest.param("fsdp2", kind, marks=pytest.mark.slow) for kind in (LORA, TIED))],
+    ids=["zero2", "fsdp2", "fsdp2, LoRA", "fsdp2, tied"],
+)
+def test_a_resumed_run_of_two_processes_has_the_bits_of_an_uninterrupted_one(config, kind, base, tied, tmp_path):
+    base = tied if kind == TIED else base
     flags = ["--max_steps", "3", "--save_steps", "2", "--optim", "adamw_torch", "--learning_rate", "1e-3"]
-    flags += ["--max_grad_norm", "1"]
+    flags += ["--max_grad_norm", "1", *(LORA if kind == LORA else ())]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train_two(base, whole, config, *flags)
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
@@ -180,7 +203,7 @@ def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
         fit_processes(whole, two, two | {"world_size": 3}, "none")
     fsdp = tmp_path / "checkpoint-3"
     fsdp.mkdir()
-    (fsdp / "pytorch_model_fsdp.bin").touch()
+    (fsdp / "optimizer.bin").touch()
     parts = tmp_path / "checkpoint-2"
     (parts / "global_step2").mkdir(parents=True)
     assert engine_of(parts) == "deepspeed"

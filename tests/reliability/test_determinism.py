@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import trials
 
+from suwen.checkpoint import named_step
+
 pytestmark = pytest.mark.training
 LORA = ("--use_peft", "True", "--lora_dropout", "0.1")
 SHORT, LONG = (), pytest.mark.slow
@@ -58,6 +60,19 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(stage, flags, base, 
     assert trials.history(resumed / last) == trials.history(whole / last)
     assert training_of(resumed) == training_of(whole)
     ledger.add("stop and resume, bit for bit")
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(LORA, marks=LONG)], ids=["full", "lora"])
+def test_the_best_checkpoint_is_kept_and_its_weights_are_the_result(flags, base, tmp_path):
+    data = trials.write_rows(tmp_path / "rows.jsonl", "sft")
+    flags = (*flags, "--max_steps", "6", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "1")
+    flags += ("--validation_split_fraction", "0.2", "--load_best_model_at_end", "True")
+    flags += ("--metric_for_best_model", "token_accuracy", "--greater_is_better", "False")  # an early one is best then
+    output = tmp_path / "out"
+    trials.run("sft", trials.words("sft", base, data, output, *flags))
+    best, last = sorted(output.glob("checkpoint-*"), key=named_step)
+    assert (named_step(best), named_step(last)) == (2, 6)
+    assert trials.weights_sha256(output) == trials.weights_sha256(best) != trials.weights_sha256(last)
 
 
 def last_checkpoint(output: Path) -> str:

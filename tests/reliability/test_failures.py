@@ -92,6 +92,16 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run_before_its_checkpoint(p
     ledger.add("held-out loss is NaN", lost_steps=1)
 
 
+def test_weights_that_are_no_number_are_not_saved_even_where_the_loss_is_one(poisoned, tmp_path, ledger):
+    ledger.inject("weights are NaN")
+    output = tmp_path / "out"
+    command = trials.words("sft", poisoned, rows_with(tmp_path, set()), output, "--max_steps", "4", "--save_steps", "1")
+    with pytest.raises(ValueError, match="^model.embed_tokens.weight: holds NaN or infinity and is not saved; lower"):
+        trials.run("sft", command)
+    assert not list_checkpoints(output) and not list(output.glob("*.safetensors"))
+    ledger.add("weights are NaN")
+
+
 TINY = LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 SETTING = Setting(precision="fp32", gradient_checkpointing=False, batch=4, device="cpu")
 OUTLOOK = Outlook(shape_of(TINY), SETTING, 1e9, "of main memory")

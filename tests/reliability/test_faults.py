@@ -102,9 +102,12 @@ def test_kill_9_at_random_moments(count, base, tmp_path, ledger):
     reference = Reference(tmp_path, "sft", base, *flags)
     chosen, kills, output = random.Random(count), 0, tmp_path / "out"
     while kills < count:
+        step = newest_step(output) + chosen.randint(0, 4)  # 0: before its first step
         started = reference.start(output)
         wait_for(started, lambda started=started: "steps to come" in started.text())
-        time.sleep(chosen.uniform(0, 0.6))
+        while started.process.is_alive() and steps_logged(started) < step:
+            time.sleep(0.002)
+        time.sleep(chosen.uniform(0, 0.1))
         if started.process.exitcode is not None:  # it has ended before: from the start again
             reference.finish(output)
             shutil.rmtree(output)
@@ -313,6 +316,12 @@ def test_other_data_is_refused_with_its_file_and_taken_by_force(sft, tmp_path, l
     last = refused.text().strip().splitlines()[-1]
     assert "is of another run (data was " in last and f"files that differ: {data})" in last and "--resume_force" in last
     ledger.add(kind)
+    moved = shutil.move(data, tmp_path / "elsewhere.jsonl")
+    Path(moved).write_text(text, encoding="utf-8")
+    there = [word if word != data else str(moved) for word in command]
+    finished = trials.Started("sft", there, output)
+    assert finished.wait() == 0 and "finished already" in finished.text(), "the same rows in another place"
+    Path(data).write_text(text.replace("高血压", "低血压"), encoding="utf-8")
     again = trials.Started("sft", [*command, "--resume_force", "--max_steps", "7"], output)
     assert again.wait() == 0 and "--resume_force: " in again.text(), again.text()[-3000:]
     assert json.loads((output / "run.json").read_text())["training"]["steps"] == 7
