@@ -51,7 +51,7 @@ from suwen.records import (
 )
 from suwen.rescale import engine_in_use
 from suwen.resuming import about_run, finished_before, identity, resume_from
-from suwen.stage_tasks import AskTasks, ask_saved, ask_tasks, check_tasks
+from suwen.stage_tasks import AskTasks, ask_result, ask_saved, check_tasks
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
@@ -356,7 +356,7 @@ def run_stage(
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
     finish(trainer, record, output, "run.json")
     if args.run.eval_tasks and main_process():
-        ask_tasks(trainer, args, start)
+        ask_result(trainer, args, start)
     return record
 
 

@@ -14,6 +14,7 @@ from suwen.readers import Refusal, file_kind, find_encoding, read_records
 from suwen.statistics import wilson_interval
 
 MODES = ("likelihood", "generate")
+TOO_LONG = "too long for the model's window"  # a finish_reason; such a question counts as answered wrongly
 
 Row = dict[str, Any]
 Record = dict[str, Any]
