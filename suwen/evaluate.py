@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 OWN_DATA = Path(__file__).resolve().parent.parent / "data" / "evaluation"
 FLUSHED_ITEMS = 64
-# Of several files that fit a task, those of the first of these splits are taken
-SPLITS = ("test", "val", "dev")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,7 @@ def find_task_files(
     """The files of a task: those named, else those in `data_dir` that fit, else the project's own.
 
     In `data_dir` (with its folders) a file fits by its name or by a folder named after the task. Of several, those
-    with "test" in their path go before "val" and "dev"; "train" is never taken.
+    with "test" in their path go before "val" and "dev" (or as the task says); "train" is never taken.
     """
     if task.name in data_files:
         return data_files[task.name]
@@ -114,7 +112,7 @@ def find_task_files(
             named = any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in task.patterns)
             if (named or task.name in folders) and "train" not in str(inside).lower():
                 fitting.append((file, str(inside).lower()))
-        for split in SPLITS:
+        for split in task.splits:
             if any(split in inside for _, inside in fitting):
                 fitting = [(file, inside) for file, inside in fitting if split in inside]
                 break

@@ -292,7 +292,7 @@ def test_an_endpoint_is_evaluated_in_generate_mode(tmp_path, capsys):
 def test_files_are_found_by_name_and_split(tmp_path):
     for name in ("cmexam_train.csv", "cmexam_val.csv", "exam/cmexam_test.csv", "cmmlu/dev/anatomy.csv",
                  "cmmlu/test/anatomy.csv", "cmmlu/test/virology.csv", "x.csv", "medqa/questions.jsonl",
-                 "sft/cmtmedqa.json"):  # fmt: skip
+                 "sft/cmtmedqa.json", "ceval/val/physician_val.csv", "ceval/test/physician_test.csv"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x", encoding="utf-8")
 
@@ -302,6 +302,7 @@ def test_files_are_found_by_name_and_split(tmp_path):
     assert found("cmexam") == ["exam/cmexam_test.csv"]
     assert found("cmmlu") == ["cmmlu/test/anatomy.csv", "cmmlu/test/virology.csv"]
     assert found("medqa") == ["medqa/questions.jsonl"]
+    assert found("ceval") == ["ceval/val/physician_val.csv"]  # its test set has no answers
     assert evaluate.find_task_files(TASKS["exam"], str(tmp_path), {}) == [evaluate.OWN_DATA / "exam.csv"]
     with pytest.raises(ValueError, match="--tasks huatuo: needs a file .found none in --data_dir"):
         found("huatuo")

@@ -81,6 +81,7 @@ class Task:
     complete: Callable[[list[Item]], list[Item]] = lambda items: items  # what needs all items at once
     default_file: str | None = None  # below data/evaluation, written by this project
     patterns: tuple[str, ...] = ()  # names of the user's files, for --data_dir
+    splits: tuple[str, ...] = ("test", "val", "dev")  # of several files, those of the first split that is there
     max_new_tokens: int = 256
     must_end: bool = False  # an answer that goes on to the longest one is not right: a text about everything is none
     lower_is_better: bool = False
