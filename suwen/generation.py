@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from suwen.encoding import ChatEncoder
 from suwen.generation_settings import GenerationSettings
+from suwen.models import window_of
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -51,8 +52,7 @@ class Piece(NamedTuple):
 
 def model_window(model) -> int | None:
     """Tokens that a model can look back on, None where its configuration names no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return window_of(model.config)
 
 
 def fit_prompt(

@@ -28,7 +28,7 @@ from suwen.lineage import (
     read_json,
 )
 from suwen.locking import hold, refuse_abandoned_builds
-from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.models import compute_precision, load_config, positions_of, window_of, without_adapter
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (
@@ -112,7 +112,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     say(f"start: {start} (from {why}); precision {precision}")
     if is_adapter_dir(start) and args.model.quantization != "none":
         say("its adapter goes on training as it is: --lora_rank, --target_modules and the like have no effect")
-    window = getattr(load_config(start), "max_position_embeddings", None)
+    window = window_of(load_config(start))
     if args.data.max_length == "auto":
         args.data.max_length = automatic_length(args, library, precision, start, window)
     length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
