@@ -26,8 +26,10 @@ from suwen.serving import THINKING, Served
 
 EVALUATION = Path(__file__).resolve().parents[1] / "evaluation.py"
 # By these a process knows that it is one of several; one that is alone must not find them.
-LAUNCHED = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "GROUP_", "MASTER_", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-LAUNCHED += ("RANK", "WORLD_SIZE")
+LAUNCHED = (
+    "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "GROUP_", "MASTER_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK",
+    "WORLD_SIZE",
+)  # fmt: skip
 
 
 def check_tasks(run: RunArguments, trains: bool, engine: str) -> None:
