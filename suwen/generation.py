@@ -30,7 +30,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from suwen.encoding import ChatEncoder
 from suwen.generation_settings import GenerationSettings
-from suwen.models import window_of
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -48,6 +47,17 @@ class Piece(NamedTuple):
 
     kind: Literal["reasoning", "content"]
     text: str
+
+
+def window_of(config: Any) -> int | None:
+    """Tokens that a model can look back on, None where its config names no limit.
+
+    Dynamically stretched positions keep the model's own window in the config, where the stretching begins.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    return int(window * rope["factor"]) if window and rope.get("rope_type") == "dynamic" else window
 
 
 def model_window(model) -> int | None:

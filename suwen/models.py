@@ -97,17 +97,6 @@ def config_of_lineage(base: str, adapters: list[str]) -> Any:
     return config
 
 
-def window_of(config: Any) -> int | None:
-    """Tokens that a model can look back on, None where its config names no limit.
-
-    Dynamically stretched positions keep the model's own window in the config, where the stretching begins.
-    """
-    text = config.get_text_config(decoder=True)
-    window = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    return int(window * rope["factor"]) if window and rope.get("rope_type") == "dynamic" else window
-
-
 def positions_of(config: Any) -> dict[str, Any] | None:
     """What run.json keeps of rotary positions, for `config_of_lineage`; None for models without."""
     if not getattr(config, "rope_parameters", None) or not hasattr(config, "max_position_embeddings"):

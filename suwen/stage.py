@@ -19,6 +19,7 @@ from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step
 from suwen.data import changed_files
 from suwen.failures import explained
+from suwen.generation import window_of
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
     describe_lineage,
@@ -28,7 +29,7 @@ from suwen.lineage import (
     read_json,
 )
 from suwen.locking import hold, refuse_abandoned_builds
-from suwen.models import compute_precision, load_config, positions_of, window_of, without_adapter
+from suwen.models import compute_precision, load_config, positions_of, without_adapter
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
 from suwen.progress import (

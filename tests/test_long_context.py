@@ -21,8 +21,8 @@ from transformers import (
 
 from suwen import attention
 from suwen.batches import pack_pairs, pack_rows, pad_rows, segments
-from suwen.generation import model_window
-from suwen.models import scale_rope, window_of
+from suwen.generation import model_window, window_of
+from suwen.models import scale_rope
 from suwen.neftune import EmbeddingNoise, row_lengths
 from suwen.probe import random_pairs
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import build_parser, flag, run, split_dataclasses
-from tools.convert_checkpoint import FamilyName
+from suwen.conversion import FamilyName
 
 
 @dataclass
