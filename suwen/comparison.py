@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from suwen.benchmarks import TASKS
-from suwen.benchmarks.task import MODES, Record
+from suwen.benchmarks.task import MODES, TOO_LONG, Record
 from suwen.records import write_json
 from suwen.report import SMALL_CELL, write_report
 from suwen.runs import Run, load_run
@@ -52,6 +52,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         summary = task.summarise(records)
         cut = sum(record.get("finish_reason") == "length" for record in records)
         summary |= {"cut_off": cut} if mode == "generate" else {}
+        summary["too_long"] = sum(record.get("finish_reason") == TOO_LONG for record in records)
         summary["groups"] = group_scores(records, task.paired)
         entry["modes"][mode] = summary
         if not entry["own"] and task.published:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.benchmarks.extraction import VERSION as EXTRACTION_VERSION
-from suwen.benchmarks.task import Candidates, Item, Items, Record, Task, read_items
+from suwen.benchmarks.task import TOO_LONG, Candidates, Item, Items, Record, Task, read_items
 from suwen.comparison import compare_folders, summarise_run
 from suwen.prompts import AnswerFile, folder_state, run_difference, run_record, set_aside, with_system_prompt
 from suwen.readers import find_files, hash_file
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 OWN_DATA = Path(__file__).resolve().parent.parent / "data" / "evaluation"
 FLUSHED_ITEMS = 64
-TOO_LONG = "too long for the model's window"
-# Of several files that fit a task, those of the first of these splits are taken
-SPLITS = ("test", "val", "dev")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +99,7 @@ def find_task_files(
     """The files of a task: those named, else those in `data_dir` that fit, else the project's own.
 
     In `data_dir` (with its folders) a file fits by its name or by a folder named after the task. Of several, those
-    with "test" in their path go before "val" and "dev"; "train" is never taken.
+    with "test" in their path go before "val" and "dev" (or as the task says); "train" is never taken.
     """
     if task.name in data_files:
         return data_files[task.name]
@@ -115,7 +112,7 @@ def find_task_files(
             named = any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in task.patterns)
             if (named or task.name in folders) and "train" not in str(inside).lower():
                 fitting.append((file, str(inside).lower()))
-        for split in SPLITS:
+        for split in task.splits:
             if any(split in inside for _, inside in fitting):
                 fitting = [(file, inside) for file, inside in fitting if split in inside]
                 break
@@ -182,12 +179,17 @@ def ask_endpoint(endpoint: Endpoint) -> Ask:
 
 
 def measure(served: Served, task: Task, items: Sequence[Item], todo: Sequence[int]) -> Iterator[tuple[int, Record]]:
-    """Records of likelihood mode, in order; nothing but the row at hand is kept."""
+    """Records of likelihood mode as they come; nothing but the row at hand is kept.
+
+    Raises:
+        ValueError: a text whose likelihood itself is the score, and that does not fit into the model's window.
+    """
     from suwen.likelihood import Choice, Scorer, encode_answers, encode_choice
 
     assert task.candidates and task.choose
     scorer = Scorer(served.model)
     asked: deque[tuple[int, Candidates, Choice]] = deque()  # in the row at hand
+    too_long: list[int] = []
 
     def choices() -> Iterator[Choice]:
         for index in todo:
@@ -198,10 +200,13 @@ def measure(served: Served, task: Task, items: Sequence[Item], todo: Sequence[in
                 choice = encode_choice(served.encoder.tokenizer, candidates.prefix, candidates.texts)
             longest = len(choice.prefix) + max(map(len, choice.continuations)) - 1
             if served.window and longest > served.window:
-                raise ValueError(
-                    f"{items[index].where}: {longest} tokens do not fit into the model's window of {served.window}; "
-                    "leave the item out, or cut its text"
-                )
+                if task.paired != "correct":
+                    raise ValueError(
+                        f"{items[index].where}: {longest} tokens do not fit into the model's window of "
+                        f"{served.window}; leave the item out, or cut its text"
+                    )
+                too_long.append(index)
+                continue
             asked.append((index, candidates, choice))
             yield choice
 
@@ -210,6 +215,8 @@ def measure(served: Served, task: Task, items: Sequence[Item], todo: Sequence[in
         if candidates.by_token:
             logps = [logp / len(ids) for logp, ids in zip(logps, choice.continuations, strict=True)]
         yield index, task.choose(items[index], logps)
+    for index in too_long:
+        yield index, {"choice": "", "correct": False, "logps": {}, "finish_reason": TOO_LONG}
     if scorer.problem:
         tqdm.write(f"note: {scorer.problem}; every continuation was scored in a row of its own, which takes longer")
 
@@ -413,15 +420,30 @@ def evaluate_stage(
         read = {task.name: read_items(task, files[task.name], settings.max_samples) for task in chosen}
     ask = ask_model(served, settings.batch_size)
     results = evaluate(chosen, files, output, settings, identity, served, ask, read)
-    folders = [folder for folder in earlier if (Path(folder) / "results.json").is_file()]
-    comparison = None
-    if folders:
-        comparison = compare_folders([*folders, output], output / "comparison.json", output / "report.html")
-    if step is not None:
-        print(format_overview(comparison or {"results": [results], "pairs": []}), flush=True)
-        return {"results": results, "comparison": comparison}
-    print(format_results(results), flush=True)
-    if comparison:
-        # of the way there the overview says enough; the last pair is the end against the start
-        print(format_overview(comparison) + "\n\n" + format_pairs(comparison["pairs"][-1:]), flush=True)
+    if step is None:
+        print(format_results(results), flush=True)
+    comparison = compare_stage(output, earlier, brief=step is not None)
+    if step is not None and comparison is None:
+        print(format_overview({"results": [results], "pairs": []}), flush=True)
     return {"results": results, "comparison": comparison}
+
+
+def compare_stage(output: Path, earlier: Sequence[str | Path], brief: bool = False) -> dict[str, Any] | None:
+    """Compare an evaluation with earlier ones, print that, and put it into its report.
+
+    Args:
+        earlier: evaluation folders in their order; those that hold no results are left out.
+        brief: print the overview alone, without the end against the start.
+
+    Returns:
+        as `compare_folders`; None where there is nothing to compare with.
+    """
+    folders = [folder for folder in earlier if (Path(folder) / "results.json").is_file()]
+    if not folders:
+        return None
+    comparison = compare_folders([*folders, output], output / "comparison.json", output / "report.html")
+    # of the way there the overview says enough; the last pair is the end against the start
+    print(format_overview(comparison), flush=True)
+    if not brief:
+        print("\n" + format_pairs(comparison["pairs"][-1:]), flush=True)
+    return comparison

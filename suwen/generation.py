@@ -49,10 +49,20 @@ class Piece(NamedTuple):
     text: str
 
 
+def window_of(config: Any) -> int | None:
+    """Tokens that a model can look back on, None where its config names no limit.
+
+    Dynamically stretched positions keep the model's own window in the config, where the stretching begins.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    return int(window * rope["factor"]) if window and rope.get("rope_type") == "dynamic" else window
+
+
 def model_window(model) -> int | None:
     """Tokens that a model can look back on, None where its configuration names no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return window_of(model.config)
 
 
 def fit_prompt(

@@ -54,7 +54,7 @@ def to_text(codes: Codes) -> str:
 def hash_grams(codes: Codes, n: int) -> np.ndarray:
     """(N - n + 1,) uint64 hash of each gram of n characters; of n alone, so pieces of a text hash as the whole does.
 
-    A polynomial modulo 2**64, put together from powers of two, and mixed by the finaliser of splitmix64.
+    A polynomial modulo 2**64, put together from powers of two, and mixed.
     """
     if len(codes) < n:
         return np.zeros(0, dtype=np.uint64)
@@ -73,12 +73,19 @@ def hash_grams(codes: Codes, n: int) -> np.ndarray:
                 break
             part = part[:-size] * power + part[size:]
             size, power = size * 2, power * power
-        assert whole is not None
-        mixed = whole ^ (whole >> np.uint64(30))
+    assert whole is not None
+    return mix(whole)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """A one-to-one hash of 64-bit numbers: the finaliser of splitmix64 (Steele et al. 2014), which wraps."""
+    with np.errstate(over="ignore"):
+        mixed = values ^ (values >> np.uint64(30))
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(27)
         mixed *= np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def sorted_unique(values: np.ndarray) -> np.ndarray:

@@ -182,6 +182,7 @@ class TokenLogps(torch.autograd.Function):
             correct[part] = logits.argmax(1) == labels[part]
             if slopes is not None:
                 slopes[part] = slope_of_logits(logits, labels[part], scale, softcap).to(dtype) @ matrix
+            del logits  # before the next chunk's are made
         if trained:
             ctx.save_for_backward(hidden, weight, bias, labels)
         else:
@@ -214,6 +215,7 @@ class TokenLogps(torch.autograd.Function):
                 d_weight += slope.T @ rows
             if d_bias is not None:
                 d_bias += slope.sum(0).to(d_bias.dtype)
+            del logits, slope
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 

@@ -33,7 +33,8 @@ from typing import Any
 
 from suwen.head import CHUNK_ELEMENTS
 
-HEAD_COPIES = 3  # of a chunk of logits, in float32: itself, its exponentials, what softmax works on
+HEAD_COPIES = 2  # of a chunk of logits, in float32: itself, and its exponentials or its slopes
+DRAWING_COPIES = 3  # of the next tokens' logits: themselves, as they are filtered, their probabilities
 POLICY_HEAD_COPIES = 6  # in PPO also the entropy's, and what autograd keeps of them
 PAIRED = ("dpo", "orpo", "rm")  # stages whose rows are pairs of answers
 SAFE_SHARE = 0.9  # of a device's free memory that a plan may take: it is within a tenth of what was measured
@@ -331,7 +332,7 @@ def drawing_bytes(shape: Shape, setting: Setting) -> dict[str, float]:
         "cache of keys and values": 2.0 * shape.layers * tokens * shape.key_value * e,
         "16-bit copies of weights": copied,
         "work space of a layer": tokens * (3 * shape.inner * e + 2 * shape.hidden * 4)
-        + rows * shape.vocabulary * 4.0 * HEAD_COPIES,
+        + rows * shape.vocabulary * 4.0 * DRAWING_COPIES,
     }
 
 
@@ -351,7 +352,9 @@ def head_bytes(shape: Shape, setting: Setting) -> float:
     scored, e = setting.sequence_tokens * setting.trained_share, setting.compute_bytes
     copies = POLICY_HEAD_COPIES if setting.stage == "ppo" else HEAD_COPIES
     rows = min(scored, max(1, CHUNK_ELEMENTS // shape.vocabulary))
-    chunk = rows * shape.vocabulary * (copies * 4 + (e if e == 2 else 0))
+    # A trained head's slopes are rounded beside their float32; a frozen head's overwrite its logits.
+    rounded = e if e == 2 and (setting.stage == "ppo" or not setting.use_peft) else 0
+    chunk = rows * shape.vocabulary * (copies * 4 + rounded)
     hidden = 3 * scored * shape.hidden * e
     last_norm = setting.sequence_tokens * shape.hidden * (4 if setting.use_peft else 8)
     weight = 0.0 if setting.use_peft else 4.0 * shape.vocabulary * shape.hidden

@@ -24,7 +24,7 @@ from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
 from suwen.resuming import about_run, finished_before, resume_from
 from suwen.saved_weights import require_equal, state_bytes
-from suwen.stage_tasks import ask_at_step, ask_saved, ask_tasks, forget_steps_after
+from suwen.stage_tasks import ask_at_step, ask_result, ask_saved, forget_steps_after
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
@@ -126,7 +126,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     if reason:
         raise ValueError(reason)
     if args.run.eval_tasks and main_process():
-        ask_tasks(trainer, args, start)
+        ask_result(trainer, args, start)
     return record
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from suwen.benchmarks.task import TOO_LONG
 from suwen.plots import COLOURS, Point, score_plot
 from suwen.runs import Run
 from suwen.tables import table
@@ -84,10 +85,12 @@ def format_results(results: dict[str, Any]) -> str:
                         pace(entry, mode) if first else "",
                     ]
                 )
-        for summary in entry["modes"].values():
+        for mode, summary in entry["modes"].items():
             shown_scores = {m: s for m, s in summary["metrics"].items() if m in {*ALSO_SHOWN, entry["headline"]}}
             signatures = [score["signature"] for score in shown_scores.values() if "signature" in score]
             notes += [f"{name}: {' '.join(signatures)}"] if signatures else []
+            if summary.get("too_long"):
+                notes.append(f"{name}, {mode}: {summary['too_long']:,} items {TOO_LONG}, counted as wrong")
         notes += [f"{name}, {part}" for part in unfinished(results, entry)]
         floors = next(iter(entry["modes"].values())).get("floors", {})
         if floors:
@@ -278,7 +281,11 @@ def task_section(name: str, runs: Sequence[Run], results: Sequence[dict[str, Any
             rows.append(
                 [f"answers read as {html.escape(reason)}", *(f"{counts.get(reason, 0):,}" for counts in reasons)]
             )
-        for key, title in (("empty", "empty answers"), ("cut_off", "answers cut off at their longest")):
+        for key, title in (
+            ("empty", "empty answers"),
+            ("cut_off", "answers cut off at their longest"),
+            ("too_long", f"{TOO_LONG}, counted as wrong"),
+        ):
             if any(s and s.get(key) for s in summaries):
                 rows.append([title, *(f"{s.get(key, 0):,}" if s else "" for s in summaries)])
         rows.append(["seconds for 1,000 items", *(pace(e, mode) for _, e in having)])
@@ -345,7 +352,8 @@ def worst_items(run: Run, name: str, entry: dict[str, Any]) -> str:
     for mode in entry["modes"]:
         records = run.records[name, mode]
         if mode == "likelihood" and "logps" in records[0]:
-            wrong = sorted((r for r in records if not r["correct"]), key=surest_mistake, reverse=True)[:WORST_ITEMS]
+            asked = (r for r in records if not r["correct"] and r["logps"])
+            wrong = sorted(asked, key=surest_mistake, reverse=True)[:WORST_ITEMS]
             rows = [[item_text(r), told(r["target"]), told(r["choice"]), f"{surest_mistake(r):.2f}"] for r in wrong]
             header = ["surest mistakes", "right", "chosen", "nats"]
         elif "score" in records[0]:

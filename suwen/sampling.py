@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from suwen.grams import mix
+
 BLOCK_ROWS = 1 << 20
 
 
@@ -119,7 +121,7 @@ def _mixed(prompts: np.ndarray, chosen: np.ndarray, seed: int) -> Iterator[np.nd
     for start in range(0, len(prompts), BLOCK_ROWS):
         block = prompts[start : start + BLOCK_ROWS][chosen[start : start + BLOCK_ROWS]]
         if len(block):
-            yield mix(block, seed)
+            yield seeded(block, seed)
 
 
 def _first_prompts(ordered: np.ndarray, target: int, last: Any) -> tuple[list[Any], bool]:
@@ -135,16 +137,9 @@ def _first_prompts(ordered: np.ndarray, target: int, last: Any) -> tuple[list[An
     return found, held >= target
 
 
-def mix(prompts: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded one-to-one hash of 64-bit numbers: the finaliser of splitmix64 (Steele et al. 2014), which wraps."""
-    mixed = prompts ^ np.uint64(seed % 2**64)
-    with np.errstate(over="ignore"):
-        mixed ^= mixed >> np.uint64(30)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(27)
-        mixed *= np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
+def seeded(prompts: np.ndarray, seed: int) -> np.ndarray:
+    """Hashes of prompts in the order of this seed."""
+    return mix(prompts ^ np.uint64(seed % 2**64))
 
 
 def is_among(prompts: np.ndarray, values: np.ndarray, seed: int | None = None) -> np.ndarray:
@@ -157,7 +152,7 @@ def is_among(prompts: np.ndarray, values: np.ndarray, seed: int | None = None) -
         return found
     for start in range(0, len(prompts), BLOCK_ROWS):
         block = prompts[start : start + BLOCK_ROWS]
-        block = block if seed is None else mix(block, seed)
+        block = block if seed is None else seeded(block, seed)
         places = np.minimum(np.searchsorted(values, block), len(values) - 1)
         found[start : start + BLOCK_ROWS] = values[places] == block
     return found

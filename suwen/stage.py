@@ -19,6 +19,7 @@ from suwen.arguments import StageArguments
 from suwen.checkpoint import checkpoint_step
 from suwen.data import changed_files
 from suwen.failures import explained
+from suwen.generation import window_of
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
     describe_lineage,
@@ -52,7 +53,7 @@ from suwen.records import (
 )
 from suwen.rescale import engine_in_use
 from suwen.resuming import about_run, finished_before, identity, resume_from
-from suwen.stage_tasks import AskTasks, ask_saved, ask_tasks, check_tasks
+from suwen.stage_tasks import AskTasks, ask_result, ask_saved, check_tasks
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData
@@ -118,7 +119,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     say(f"start: {start} (from {why}); precision {precision}")
     if is_adapter_dir(start) and args.model.quantization != "none":
         say("its adapter goes on training as it is: --lora_rank, --target_modules and the like have no effect")
-    window = getattr(load_config(start), "max_position_embeddings", None)
+    window = window_of(load_config(start))
     if args.data.max_length == "auto":
         args.data.max_length = automatic_length(args, library, precision, start, window)
     length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
@@ -362,7 +363,7 @@ def run_stage(
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
     finish(trainer, record, output, "run.json")
     if args.run.eval_tasks and main_process():
-        ask_tasks(trainer, args, start)
+        ask_result(trainer, args, start)
     return record
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,20 @@ from transformers import TrainerCallback
 
 from suwen.arguments import RunArguments, StageArguments
 from suwen.encoding import ChatEncoder
-from suwen.evaluate import Settings, evaluate_stage, find_task_files, parse_tasks
+from suwen.evaluate import Settings, compare_stage, evaluate_stage, find_task_files, parse_tasks
 from suwen.generation import model_window
 from suwen.interruption import BrokenOff
 from suwen.progress import main_process, say
 from suwen.readers import first_line
 from suwen.rescale import ENGINES
 from suwen.serving import THINKING, Served
+
+EVALUATION = Path(__file__).resolve().parents[1] / "evaluation.py"
+# By these a process knows that it is one of several; one that is alone must not find them.
+LAUNCHED = (
+    "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "GROUP_", "MASTER_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK",
+    "WORLD_SIZE",
+)  # fmt: skip
 
 
 def check_tasks(run: RunArguments, trains: bool, engine: str) -> None:
@@ -59,20 +70,17 @@ def forget_steps_after(output: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def ask_tasks(trainer: Any, args: StageArguments, start: str, step: int | None = None) -> dict[str, Any] | None:
+def ask_tasks(trainer: Any, args: StageArguments, start: str, step: int | None = None) -> dict[str, Any]:
     """Ask the model the benchmarks of --eval_tasks, and compare it with its start and with earlier steps.
 
     Args:
-        trainer: holds model and tokenizer; on the main process alone.
+        trainer: holds model and tokenizer, whole; on the main process alone.
         step: of a training that goes on; None at its end. The results are in eval/step-N or in eval.
 
     Returns:
-        results.json; None where weights are spread over processes.
+        results.json.
     """
     run, output = args.run, Path(args.run.output_dir)
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        say(f"spread over processes, not asked now: python evaluation.py --base_model {output} --tasks ...")
-        return None
     model = trainer.accelerator.unwrap_model(trainer.model)
     served = Served(
         model, ChatEncoder(trainer.processing_class, THINKING[args.data.thinking]), [str(output)], model_window(model)
@@ -91,6 +99,31 @@ def ask_tasks(trainer: Any, args: StageArguments, start: str, step: int | None =
     finally:
         model.train(training)
     return found["results"]
+
+
+def ask_result(trainer: Any, args: StageArguments, start: str) -> None:
+    """Ask what a training has made, on the main process, once everything is saved and the processes have parted."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        ask_apart(args, start)
+    else:
+        ask_tasks(trainer, args, start)
+
+
+def ask_apart(args: StageArguments, start: str) -> None:
+    """Ask the saved result in a process of its own: here the engine still holds a share of the weights alone.
+
+    Raises:
+        ValueError: evaluation.py failed, with the command that goes on from there.
+    """
+    run, output = args.run, Path(args.run.output_dir)
+    command = [sys.executable, str(EVALUATION), "--base_model", str(output), "--tasks", run.eval_tasks or ""]
+    command += ["--output_dir", str(output / "eval")]
+    for flag, value in (("--data_dir", run.eval_data_dir), ("--max_samples", run.eval_task_samples)):
+        command += [flag, str(value)] if value is not None else []
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        raise ValueError(f"--eval_tasks: the result is saved, asking it ended with code {code}: {shlex.join(command)}")
+    compare_stage(output / "eval", [Path(start) / "eval"])
 
 
 def ask_saved(args: StageArguments, start: str) -> None:
@@ -113,7 +146,7 @@ def ask_at_step(trainer: Any, args: StageArguments, start: str, step: int) -> di
     tasks: dict[str, Any] = {}
     try:
         with trainer.signals.breaking_off():
-            tasks = (ask_tasks(trainer, args, start, step) or {"tasks": {}})["tasks"]
+            tasks = ask_tasks(trainer, args, start, step)["tasks"]
     except (ValueError, torch.OutOfMemoryError, BrokenOff) as error:
         say(f"step {step}: not asked ({first_line(error)})")
     found = {

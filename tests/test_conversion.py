@@ -71,7 +71,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(family, tmp_pat
 
 
 def test_the_names_of_the_families_are_those_of_the_flag():
-    from tools.convert_checkpoint import FamilyName
+    from suwen.conversion import FamilyName
 
     assert list(typing.get_args(FamilyName)) == list(FAMILIES)
 

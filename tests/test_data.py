@@ -180,7 +180,9 @@ def test_the_split_is_the_beginning_of_the_sorted_order_however_it_is_read(tmp_p
         prompts = keep_on_disk(random.integers(0, kinds, 900, dtype=np.uint64).tolist(), tmp_path)
         held = choose_rows(prompts, [900], [1.0], None, 0.1, None, 7, Counter())[1]
         expected: list[int] = []
-        for value in sorted(set(prompts.tolist()), key=lambda value: sampling.mix(np.array([value], np.uint64), 7)[0]):
+        for value in sorted(
+            set(prompts.tolist()), key=lambda value: sampling.seeded(np.array([value], np.uint64), 7)[0]
+        ):
             rows = np.flatnonzero(prompts == value).tolist()
             if len(expected) < 90 and len(rows) <= max(1, 2 * (90 - len(expected))):
                 expected += rows

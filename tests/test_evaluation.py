@@ -16,6 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 import evaluation
 from suwen import evaluate
 from suwen.benchmarks import TASK_SETS, TASKS
+from suwen.benchmarks.task import TOO_LONG
 from suwen.client import Endpoint
 from suwen.comparison import compare_runs, summarise_run
 from suwen.encoding import ChatEncoder
@@ -291,7 +292,7 @@ def test_an_endpoint_is_evaluated_in_generate_mode(tmp_path, capsys):
 def test_files_are_found_by_name_and_split(tmp_path):
     for name in ("cmexam_train.csv", "cmexam_val.csv", "exam/cmexam_test.csv", "cmmlu/dev/anatomy.csv",
                  "cmmlu/test/anatomy.csv", "cmmlu/test/virology.csv", "x.csv", "medqa/questions.jsonl",
-                 "sft/cmtmedqa.json"):  # fmt: skip
+                 "sft/cmtmedqa.json", "ceval/val/physician_val.csv", "ceval/test/physician_test.csv"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x", encoding="utf-8")
 
@@ -301,6 +302,7 @@ def test_files_are_found_by_name_and_split(tmp_path):
     assert found("cmexam") == ["exam/cmexam_test.csv"]
     assert found("cmmlu") == ["cmmlu/test/anatomy.csv", "cmmlu/test/virology.csv"]
     assert found("medqa") == ["medqa/questions.jsonl"]
+    assert found("ceval") == ["ceval/val/physician_val.csv"]  # its test set has no answers
     assert evaluate.find_task_files(TASKS["exam"], str(tmp_path), {}) == [evaluate.OWN_DATA / "exam.csv"]
     with pytest.raises(ValueError, match="--tasks huatuo: needs a file .found none in --data_dir"):
         found("huatuo")
@@ -352,6 +354,21 @@ def test_contamination_is_reported_with_the_scores_of_clean_items(model_folder, 
     assert found["kinds"]["exact"] == 5 and found["dirty_percent"] >= 25
     assert found["scores"]["generate"]["all"]["n"] == 20
     assert "train.jsonl, line 1" in capsys.readouterr().out
+
+
+def test_a_question_beyond_the_window_is_asked_in_neither_mode_and_counts_as_wrong(model_folder, tmp_path, capsys):
+    rows = exam_rows(12)
+    rows[4]["Question"] = rows[7]["Question"] = "很长的病史。" * 2000
+    data = write_rows(tmp_path / "cmexam.jsonl", rows)
+    found = evaluate.evaluate_stage(str(model_folder), "cmexam", tmp_path / "eval", data_file=str(data))["results"]
+    printed = capsys.readouterr().out
+    for mode, summary in found["tasks"]["cmexam"]["modes"].items():
+        records = [json.loads(line) for line in open(tmp_path / "eval" / "records" / f"cmexam.{mode}.jsonl", "rb")]
+        unasked = [record for record in records if record.get("finish_reason") == TOO_LONG]
+        assert [record["index"] for record in unasked] == [4, 7] and not any(record["correct"] for record in unasked)
+        assert summary["n"] == 12 and summary["too_long"] == 2
+        assert f"cmexam, {mode}: 2 items too long for the model's window, counted as wrong" in printed
+    assert "counted as wrong" in (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_was_cut_off_is_not_shown_as_if_it_were_whole(model_folder, tmp_path):

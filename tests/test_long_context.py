@@ -21,6 +21,7 @@ from transformers import (
 
 from suwen import attention
 from suwen.batches import pack_pairs, pack_rows, pad_rows, segments
+from suwen.generation import model_window, window_of
 from suwen.models import scale_rope
 from suwen.neftune import EmbeddingNoise, row_lengths
 from suwen.probe import random_pairs
@@ -78,6 +79,13 @@ def test_dynamic_scaling_acts_beyond_the_models_own_window_alone():
     short, long = (torch.arange(length)[None] % 300 for length in (64, 100))
     torch.testing.assert_close(dynamic(short).logits, plain(short).logits)
     assert (dynamic(long).logits - plain(long).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_a_stretched_model_is_served_and_trained_on_over_its_new_length(kind):
+    config = stretched(kind, 128)
+    assert window_of(config) == 128
+    assert model_window(AutoModelForCausalLM.from_config(config)) == 128
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])

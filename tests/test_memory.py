@@ -1,11 +1,13 @@
 """The planner: counts by hand, what each switch changes, and a real run."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from old_checkpoints import CONFIGS
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from benchmarks.memory_plan import Point, measure, predict
@@ -126,6 +128,19 @@ def test_the_table_stays_close_to_the_published_one_where_that_one_holds(capsys)
             if not ("x" in size and "QLoRA" in method):  # bitsandbytes does not reach the experts
                 assert planned == pytest.approx(published, rel=0.25, abs=1), (method, size)
     assert "70B" in capsys.readouterr().out
+
+
+def test_a_size_is_known_in_any_case_and_a_missing_folder_is_named_without_asking_the_network(tmp_path):
+    assert tool.load_config("8X7b").num_local_experts == 8
+    for name in ("9B", "/no/such/model"):
+        with pytest.raises(ValueError, match=f"--model_name_or_path {name}: found no such folder or file"):
+            tool.load_config(name)
+    with pytest.raises(ValueError, match="--gpu_memory: found -3, expected GB of one card"):
+        tool.main(["--model_name_or_path", "7B", "--gpu_memory", "-3"])
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["chatglm3"]))
+    with pytest.raises(ValueError, match="say by --family which it is"):
+        tool.main(["--model_name_or_path", str(tmp_path)])
+    tool.main(["--model_name_or_path", str(tmp_path), "--family", "chatglm3"])
 
 
 def test_the_tool_names_the_largest_part_and_a_setting_that_fits(capsys):

@@ -36,6 +36,7 @@ def test_an_export_is_smaller_answers_as_the_quantised_model_and_says_what_it_co
 ):
     export(base, tmp_path / "out", "--quantization", quantization)
     said = capsys.readouterr().out
+    assert "model: before\n" in said and "model: after\n" in said
     record = json.loads((tmp_path / "out" / "quantization.json").read_text())
     for name in ("general_text: perplexity per character", "exam: accuracy"):
         before, after = record["before"][name], record["after"][name]

@@ -18,11 +18,12 @@ from test_stages import arguments, base, run_stage, write_data  # noqa: F401  (b
 
 import supervised_finetuning
 from suwen import evaluate
+from suwen.arguments import parse_stage_arguments
 from suwen.benchmarks import TASKS
 from suwen.benchmarks.task import read_items
 from suwen.interruption import BrokenOff, StopSignals
 from suwen.sketch import FILE, load_sketch
-from suwen.stage_tasks import forget_steps_after, steps_asked
+from suwen.stage_tasks import ask_apart, forget_steps_after, steps_asked
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.training
@@ -106,11 +107,19 @@ def test_steps_still_to_come_are_forgotten(tmp_path):
 
 
 def test_questions_that_cannot_be_asked_end_no_training(base, tmp_path, capsys):  # noqa: F811
-    row = {"Question": "血压？" * 2000, "Options": "A 一\nB 二", "Answer": "A"}
     data = tmp_path / "data"
     data.mkdir()
-    write_rows(data / "cmexam.jsonl", [row])
-    flags = ["--max_steps", "3", "--eval_tasks", "cmexam", "--eval_data_dir", str(data), "--eval_tasks_steps", "2"]
+    write_rows(data / "general_text.jsonl", [{"text": "血压" * 2000}])
+    flags = [
+        "--max_steps",
+        "3",
+        "--eval_tasks",
+        "general_text",
+        "--eval_data_dir",
+        str(data),
+        "--eval_tasks_steps",
+        "2",
+    ]
     with pytest.raises(ValueError, match="do not fit into the model's window"):  # at the end, when all is saved
         run_stage("sft", base, tmp_path, *flags)
     assert "step 2: not asked (" in capsys.readouterr().out
@@ -174,6 +183,27 @@ def test_of_two_processes_one_asks_and_the_other_waits(base, tmp_path):  # noqa:
     first, _ = run_ranks("sft", [*words, "--eval_tasks_steps", "1"], tmp_path / "sft", "ddp")
     assert [folder.name for folder in steps_asked(tmp_path / "sft")] == ["step-1", "step-2"]
     assert first.count("exam, likelihood: 3 items") == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_where_an_engine_spreads_the_weights_the_saved_result_is_asked(engine, base, tmp_path, capsys):  # noqa: F811
+    flags = ["--max_steps", "1", "--max_length", "256"]
+    evaluate.evaluate_stage(base, "facts,exam", tmp_path / "start" / "eval", settings=evaluate.Settings(max_samples=3))
+    shutil.copytree(base, tmp_path / "start", dirs_exist_ok=True)
+    words = [*arguments("sft", str(tmp_path / "start"), tmp_path, *flags), *ASKED]
+    first, second = run_ranks("sft", words, tmp_path / "sft", engine)
+    assert first.count("exam, likelihood: 3 items") == 1 and "exam, likelihood" not in second
+    assert "start -> sft" in first  # compared with the model it began from
+    again = tmp_path / "again"
+    evaluate.evaluate_stage(str(tmp_path / "sft"), "facts,exam", again, settings=evaluate.Settings(max_samples=3))
+    assert_same_answers(records_of(tmp_path / "sft" / "eval"), records_of(again))
+
+
+def test_a_result_that_cannot_be_asked_is_named_with_the_command_that_asks_it(tmp_path):
+    words = [*arguments("sft", "no/model", tmp_path), "--eval_tasks", "exam", "--eval_task_samples", "3"]
+    with pytest.raises(ValueError, match="--eval_tasks: the result is saved, .* code 2: .*evaluation.py --base_model"):
+        ask_apart(parse_stage_arguments(words, "sft", "", {}), "no/model")
 
 
 def test_a_training_leaves_a_sketch_and_what_leaked_into_it_is_found(base, tmp_path, capsys):  # noqa: F811

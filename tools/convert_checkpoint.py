@@ -17,12 +17,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import build_parser, flag, run, split_dataclasses
-
-# The names in suwen.conversion.families.FAMILIES, which torch would have to be loaded for; a test compares them.
-FamilyName = Literal[
-    "baichuan-7b", "baichuan2-7b", "baichuan-13b", "baichuan2-13b", "internlm2", "qwen", "chatglm2", "chatglm3", "glm4",
-    "chatglm", "xverse", "yi", "orion", "deepseek-moe",
-]  # fmt: skip
+from suwen.conversion import FamilyName
 
 
 @dataclass

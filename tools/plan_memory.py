@@ -19,11 +19,13 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.conversion import FamilyName
 
 
 @dataclass
 class PlanArguments:
     model_name_or_path: str = flag("", "model folder, config.json, hub name, or a size such as 7B or 8x7B")
+    family: FamilyName | None = flag(None, "family of an original that its config.json does not tell")
     gpu_memory: float | None = flag(None, "memory of one card in GB; unset: the plan alone")
     table: bool = flag(False, "the table of methods and sizes, instead of one plan")
     stage: Literal["pt", "sft", "dpo", "rm", "orpo", "ppo"] = flag("sft", "training stage")
@@ -67,30 +69,37 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, family_name: str | None = None) -> Any:
+    """Config of a size by its name, of a model, or of what an original would be converted to."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     import suwen.architectures  # noqa: F401  (registers its classes)
     from suwen.conversion.convert import conversion_command, is_converted
-    from suwen.conversion.families import convert_config, recognise
+    from suwen.conversion.families import FAMILIES, convert_config, recognise
     from suwen.conversion.weights import read_json
     from suwen.memory import SIZES as NAMED
 
-    if name in NAMED:
-        options = {key: value for key, value in NAMED[name].items() if key != "model_type"}
-        return CONFIG_MAPPING[NAMED[name]["model_type"]](**options)
+    sizes = {size.lower(): values for size, values in NAMED.items()}
+    if (named := sizes.get(name.lower())) is not None:
+        return CONFIG_MAPPING[named["model_type"]](**{key: named[key] for key in named if key != "model_type"})
     path = Path(name)
+    if not path.exists() and name.count("/") != 1:  # no hub name: nothing to wait for a network for
+        raise ValueError(
+            f"--model_name_or_path {name}: found no such folder or file, expected one, a hub name such as "
+            f"Qwen/Qwen3-8B, or one of {', '.join(NAMED)}"
+        )
     content = read_json(path if path.is_file() else path / "config.json")
     if content and not is_converted(content) and conversion_command(content, name):
-        family = recognise(content)
+        family = FAMILIES[family_name] if family_name else recognise(content)
         assert family is not None
         return convert_config(family, content)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        known = ", ".join(NAMED)
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--model_name_or_path {name}: {reason}; expected a model or one of {known}") from None
+        raise ValueError(
+            f"--model_name_or_path {name}: {reason}; expected a model or one of {', '.join(NAMED)}"
+        ) from None
 
 
 def print_table(common: dict[str, Any]) -> None:
@@ -130,6 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if args.gpu_memory is not None and args.gpu_memory <= 0:
+        raise ValueError(f"--gpu_memory: found {args.gpu_memory:g}, expected GB of one card, such as 24")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from suwen.memory import Setting, advise, describe, frozen_bytes, plan_memory, shape_of
 
@@ -143,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.reward_model and args.stage == "ppo":
         reward = Setting(use_peft=True, precision=args.precision)
         values["reward_bytes"] = frozen_bytes(shape_of(load_config(args.reward_model)), reward)[0]
-    shape, setting = shape_of(load_config(args.model_name_or_path), args.target_modules), Setting(**values)
+    shape, setting = shape_of(load_config(args.model_name_or_path, args.family), args.target_modules), Setting(**values)
     plan = plan_memory(shape, setting)
     print(f"{args.model_name_or_path}: {shape.total / 1e9:.2f} billion parameters in {shape.layers} layers")
     print("\n".join(describe(plan)))

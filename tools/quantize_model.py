@@ -56,6 +56,7 @@ def export(args: QuantizeArguments) -> dict[str, Any]:
     from suwen.conversion.convert import publish
     from suwen.evaluate import find_task_files, parse_tasks
     from suwen.lineage import is_adapter_dir, weights_fingerprint
+    from suwen.memory import amount
     from suwen.models import load_config, load_tokenizer
     from suwen.records import versions, write_json
 
@@ -74,9 +75,9 @@ def export(args: QuantizeArguments) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
     try:
-        before = measure(source, args)
+        before = measure(source, "before", args)
         stored = write_quantised(source, unfinished, args, tokenizer)
-        after = measure(str(unfinished), args)
+        after = measure(str(unfinished), "after", args)
         record = {
             "source": source, "source_fingerprint": weights_fingerprint(source), "quantization": args.quantization,
             "bytes": stored, "before": before, "after": after, "versions": versions(),
@@ -86,7 +87,7 @@ def export(args: QuantizeArguments) -> dict[str, Any]:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print("\n".join(table(before, after)))
-    print(f"weights: {stored / 1e9:.3f} GB; wrote {target}")
+    print(f"weights: {amount(stored)}; wrote {target}")
     return record
 
 
@@ -104,13 +105,13 @@ def write_quantised(source: str, folder: Path, args: QuantizeArguments, tokenize
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(folder: str, args: QuantizeArguments) -> dict[str, float]:
+def measure(folder: str, title: str, args: QuantizeArguments) -> dict[str, float]:
     """Each task's metrics on a folder as it is served: {"general_text: perplexity per character": 12.3, ...}."""
     from suwen.evaluate import Settings, evaluate_stage
 
     with tempfile.TemporaryDirectory() as records:
         settings = Settings(modes=("likelihood",), max_samples=args.max_samples)
-        found = evaluate_stage(folder, args.tasks, records, data_dir=args.data_dir, settings=settings)
+        found = evaluate_stage(folder, args.tasks, Path(records) / title, data_dir=args.data_dir, settings=settings)
     return {
         f"{name}: {metric}": float(value["value"])
         for name, task in found["results"]["tasks"].items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from suwen.benchmarks.choice import ask_choice, choice_candidates, choose_letters, judge_choice, parse_choice
 from suwen.benchmarks.choice import summarise_choice as summarise
 from suwen.benchmarks.task import MODES, PublishedRow, Task
@@ -47,6 +49,7 @@ def exam(
     source: str,
     published: tuple[PublishedRow, ...] = (),
     default_file: str | None = None,
+    **more: Any,
 ) -> Task:
     return Task(
         name=name,
@@ -64,6 +67,7 @@ def exam(
         patterns=patterns,
         published=published,
         source=source,
+        **more,
     )
 
 
@@ -86,6 +90,7 @@ CEVAL = exam(
     False,
     "ceval/ceval-exam; CC BY-NC-SA 4.0",
     huatuo_rows(40.07, 36.53, 48.80),
+    splits=("val", "dev"),  # its test set has no answers
 )
 CMMLU = exam(
     "cmmlu",

@@ -110,11 +110,12 @@ def answers_of(item: Item) -> Candidates:
 
 
 def summarise_preference(records: Sequence[Record]) -> dict[str, Any]:
-    margins = [record["logps"]["chosen"] - record["logps"]["rejected"] for record in records]
-    [(low, high)] = bootstrap_interval(np.array(margins)[:, None])
-    margin = {"value": sum(margins) / len(margins), "low": low, "high": high}
-    accuracy = rate(sum(record["correct"] for record in records), len(records))
-    return {"n": len(records), "metrics": {"accuracy": accuracy, "margin in nats": margin}}
+    metrics: dict[str, Any] = {"accuracy": rate(sum(record["correct"] for record in records), len(records))}
+    margins = [r["logps"]["chosen"] - r["logps"]["rejected"] for r in records if r["logps"]]
+    if margins:
+        [(low, high)] = bootstrap_interval(np.array(margins)[:, None])
+        metrics["margin in nats"] = {"value": sum(margins) / len(margins), "low": low, "high": high}
+    return {"n": len(records), "metrics": metrics}
 
 
 # --------------------------------------------------------------------------------------------------------------- text

@@ -14,6 +14,7 @@ from suwen.readers import Refusal, file_kind, find_encoding, read_records
 from suwen.statistics import wilson_interval
 
 MODES = ("likelihood", "generate")
+TOO_LONG = "too long for the model's window"  # a finish_reason; such a question counts as answered wrongly
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -80,6 +81,7 @@ class Task:
     complete: Callable[[list[Item]], list[Item]] = lambda items: items  # what needs all items at once
     default_file: str | None = None  # below data/evaluation, written by this project
     patterns: tuple[str, ...] = ()  # names of the user's files, for --data_dir
+    splits: tuple[str, ...] = ("test", "val", "dev")  # of several files, those of the first split that is there
     max_new_tokens: int = 256
     must_end: bool = False  # an answer that goes on to the longest one is not right: a text about everything is none
     lower_is_better: bool = False
