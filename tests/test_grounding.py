@@ -211,6 +211,14 @@ def test_a_question_that_nothing_answers_is_not_given_to_the_model(tmp_path, enc
     assert "120" in NOT_FOUND
 
 
+def test_a_question_that_names_a_passage_is_answered_from_it_in_whatever_words_it_goes_on(tmp_path, encoder):
+    knowledge = knowledge_of(tmp_path, 霭型眩晕="患者应到翠竹诊室就诊。", 蒙脱石散="用于腹泻。")
+    question = "霭型眩晕患者挂号时应选哪一科，预约哪个门诊合适"
+    (hit,) = find_passages(knowledge, [{"role": "user", "content": question}])
+    assert hit.passage.title == "霭型眩晕" and 0.5 < hit.relevance < 0.75
+    assert not find_passages(knowledge, [{"role": "user", "content": question.replace("霭型眩晕", "这种")}])
+
+
 def test_the_threshold_is_the_relevance_of_the_best_passage(tmp_path):
     knowledge = knowledge_of(tmp_path, 布洛芬="禁忌：孕晚期禁用。", 蒙脱石散="用于腹泻。")
     question = [{"role": "user", "content": "布洛芬能治偏头痛吗"}]

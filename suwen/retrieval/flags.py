@@ -29,8 +29,9 @@ def add_retrieval_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=RetrievalSettings.min_relevance,
         metavar="X",
-        help="share of the question that a passage must contain, else there is no answer; 0: any passage will do;"
-        " with a dense model or a cross-encoder their own scale: choose it on questions of yours"
+        help="share of the question that a passage must contain, if the question does not name its title, else there is"
+        " no answer; 0: any passage will do; with a dense model or a cross-encoder their own scale: choose it on"
+        " questions of yours"
         f" (default: {RetrievalSettings.min_relevance})",
     )
     group.add_argument("--embedding_model", metavar="DIR", help="another place of the index's embedding model")

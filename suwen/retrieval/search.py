@@ -31,8 +31,9 @@ ASKING = re.compile(
 class Hit:
     passage: Passage
     score: float  # of the last ranking: comparable within one search only
-    # 0 to 1: the share of the question, by the weight of its terms, that the passage contains; with dense retrieval the
-    # cosine of the two if that is more; with a cross-encoder what that says
+    # 0 to 1: the share of the question, by the weight of its terms, that the passage contains, put into the upper half
+    # where the question names its title; with dense retrieval the cosine of the two if that is more; with a
+    # cross-encoder what that says
     relevance: float
 
 
@@ -109,6 +110,8 @@ class KnowledgeBase:
                 break
         found = np.array([row for row, _, _ in hits], dtype=np.int64)
         relevance = self.bm25.coverage(numbers, weights, found)
+        # What the question names is what it is about, in whatever words it goes on
+        relevance = np.where(self._named(question, found), (1 + relevance) / 2, relevance)
         if similar is not None:
             relevance = np.maximum(relevance, similar[found])
         if self.reranker is not None and hits:
@@ -122,12 +125,15 @@ class KnowledgeBase:
     def _lexical(self, question: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(K,) passages by their words, the best first, and (K,) scores."""
         rows, scores = self.bm25.search(numbers, CANDIDATES)
-        asked = normalise(question)
-        titles = [normalise(self.store[row].title) for row in rows.tolist()]
-        named = np.array([len(title) > 1 and title in asked for title in titles], dtype=bool)
-        scores = scores + TITLE_BONUS * scores[:1] * named
+        scores = scores + TITLE_BONUS * scores[:1] * self._named(question, rows)
         order = np.argsort(-scores, kind="stable")
         return rows[order], scores[order]
+
+    def _named(self, question: str, rows: np.ndarray) -> np.ndarray:
+        """(K,) whether the question holds a passage's title."""
+        asked = normalise(question)
+        titles = [normalise(self.store[row].title) for row in rows.tolist()]
+        return np.array([len(title) > 1 and title in asked for title in titles], dtype=bool)
 
 
 def fuse_ranks(rankings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
