@@ -217,6 +217,8 @@ def test_a_question_that_names_a_passage_is_answered_from_it_in_whatever_words_i
     (hit,) = find_passages(knowledge, [{"role": "user", "content": question}])
     assert hit.passage.title == "霭型眩晕" and 0.5 < hit.relevance < 0.75
     assert not find_passages(knowledge, [{"role": "user", "content": question.replace("霭型眩晕", "这种")}])
+    turns = [{"role": "user", "content": asked} for asked in (question, "流感怎么预防？")]
+    assert not find_passages(knowledge, turns)
 
 
 def test_the_threshold_is_the_relevance_of_the_best_passage(tmp_path):

@@ -122,14 +122,15 @@ def find_passages(knowledge: KnowledgeBase, messages: list[dict]) -> list[Hit]:
     """Passages for the last question; none if the best lies under the knowledge base's threshold.
 
     A question that leans on the one before, such as “那副作用呢？”, is searched together with it: by itself it would
-    find the side effects of something else. So is, once more, a question that finds nothing by itself.
+    find the side effects of something else. So is, once more, a question that finds nothing by itself; but what the one
+    before named does not make an answer to this one.
     """
     *earlier, question = [message["content"] for message in messages if message["role"] == "user"]
     before = next((asked for asked in reversed(earlier) if not FOLLOW_UP.search(asked)), "")
     together = f"{before} {question}".strip()
-    wordings = [together] if FOLLOW_UP.search(question) else dict.fromkeys((question, together))
-    for wording in wordings:
-        hits = knowledge.search(wording, knowledge.settings.num_passages)
+    searches = {together: together} if FOLLOW_UP.search(question) else {question: question, together: question}
+    for wording, named_in in searches.items():
+        hits = knowledge.search(wording, knowledge.settings.num_passages, named_in=named_in)
         if max((hit.relevance for hit in hits), default=-1.0) >= knowledge.settings.min_relevance:
             return hits
     return []

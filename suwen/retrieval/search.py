@@ -84,15 +84,17 @@ class KnowledgeBase:
     def __len__(self) -> int:
         return len(self.store)
 
-    def search(self, question: str, top: int = 4, with_flagged: bool = False) -> list[Hit]:
+    def search(self, question: str, top: int = 4, with_flagged: bool = False, named_in: str | None = None) -> list[Hit]:
         """The best passages, the best first; no two with the same text.
 
         Args:
             with_flagged: also passages that look like instructions to the model.
+            named_in: the part of the question whose names count as what it is about; None for all of it.
         """
+        named_in = question if named_in is None else named_in
         stripped = ASKING.sub(" ", question)
         numbers, weights = self.bm25.question_terms(stripped if stripped.strip() else question)
-        rows, scores = self._lexical(question, numbers)
+        rows, scores = self._lexical(named_in, numbers)
         similar: np.ndarray | None = None
         if self.embedder is not None and self.vectors is not None:
             similar = self.vectors @ self.embedder.question(question)
@@ -111,7 +113,7 @@ class KnowledgeBase:
         found = np.array([row for row, _, _ in hits], dtype=np.int64)
         relevance = self.bm25.coverage(numbers, weights, found)
         # What the question names is what it is about, in whatever words it goes on
-        relevance = np.where(self._named(question, found), (1 + relevance) / 2, relevance)
+        relevance = np.where(self._named(named_in, found), (1 + relevance) / 2, relevance)
         if similar is not None:
             relevance = np.maximum(relevance, similar[found])
         if self.reranker is not None and hits:
@@ -122,16 +124,16 @@ class KnowledgeBase:
         shares = np.clip(relevance, 0.0, 1.0).tolist()
         return [Hit(passage, score, share) for (_, score, passage), share in zip(hits, shares, strict=True)]
 
-    def _lexical(self, question: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _lexical(self, named_in: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(K,) passages by their words, the best first, and (K,) scores."""
         rows, scores = self.bm25.search(numbers, CANDIDATES)
-        scores = scores + TITLE_BONUS * scores[:1] * self._named(question, rows)
+        scores = scores + TITLE_BONUS * scores[:1] * self._named(named_in, rows)
         order = np.argsort(-scores, kind="stable")
         return rows[order], scores[order]
 
-    def _named(self, question: str, rows: np.ndarray) -> np.ndarray:
-        """(K,) whether the question holds a passage's title."""
-        asked = normalise(question)
+    def _named(self, named_in: str, rows: np.ndarray) -> np.ndarray:
+        """(K,) whether a text holds a passage's title."""
+        asked = normalise(named_in)
         titles = [normalise(self.store[row].title) for row in rows.tolist()]
         return np.array([len(title) > 1 and title in asked for title in titles], dtype=bool)
 
