@@ -67,7 +67,7 @@ class Started:
         self.process = _context.Process(target=_in_child, args=(stage, command, self.log, before, output, variables))
         self.process.start()
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = 300.0) -> int:
         """Exit code; minus the signal where one has ended it."""
         self.process.join(timeout)
         if self.process.exitcode is None:

@@ -31,6 +31,7 @@ from suwen.checkpoint import (
 from suwen.interruption import StopSignals
 from suwen.locking import hold, refuse_abandoned_builds
 from suwen.records import command_without_secrets, without_secrets
+from suwen.resuming import at_its_place
 from suwen.saved_weights import require_equal
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +211,17 @@ def test_the_difference_between_two_runs_names_all_values():
         identity_difference({"a": 1, "b": 2}, {"a": 2, "c": 3}) == "a was 1, is 2; b was 2, is None; c was None, is 3"
     )
     assert identity_difference(json.loads('{"a": 1}'), {"a": 1}) is None
+
+
+def test_what_lies_elsewhere_but_holds_the_same_is_the_same_run():
+    was = {"start": "/a/m", "weights of the start": "f0", "data": "d0", "train_file_dir": "data/sft", "seed": 1}
+    now = was | {"start": "/b/m", "train_file_dir": "/b/data/sft"}
+    assert identity_difference(at_its_place(was, now), now) is None
+    other = now | {"data": "d1"}
+    found = identity_difference(at_its_place(was, other), other)
+    assert found == "data was 'd0', is 'd1'; train_file_dir was 'data/sft', is '/b/data/sft'"
+    unknown = was | {"weights of the start": ""}, now | {"weights of the start": ""}
+    assert identity_difference(at_its_place(*unknown), unknown[1]) == "start was '/a/m', is '/b/m'"
 
 
 def hold_in_another_process(folder: Path) -> str:

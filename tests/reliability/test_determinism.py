@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trials
 
-from suwen.checkpoint import named_step
+from suwen.checkpoint import list_checkpoints, named_step
 
 pytestmark = pytest.mark.training
 LORA = ("--use_peft", "True", "--lora_dropout", "0.1")
@@ -65,13 +65,13 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(stage, flags, base, 
 @pytest.mark.parametrize("flags", [(), pytest.param(LORA, marks=LONG)], ids=["full", "lora"])
 def test_the_best_checkpoint_is_kept_and_its_weights_are_the_result(flags, base, tmp_path):
     data = trials.write_rows(tmp_path / "rows.jsonl", "sft")
-    flags = (*flags, "--max_steps", "6", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "1")
+    flags = (*flags, "--max_steps", "6", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "2")
     flags += ("--validation_split_fraction", "0.2", "--load_best_model_at_end", "True")
     flags += ("--metric_for_best_model", "token_accuracy", "--greater_is_better", "False")  # an early one is best then
     output = tmp_path / "out"
     trials.run("sft", trials.words("sft", base, data, output, *flags))
-    best, last = sorted(output.glob("checkpoint-*"), key=named_step)
-    assert (named_step(best), named_step(last)) == (2, 6)
+    best, *_, last = found = list_checkpoints(output)
+    assert [named_step(path) for path in found] == [2, 4, 6], "the best one, and two others"
     assert trials.weights_sha256(output) == trials.weights_sha256(best) != trials.weights_sha256(last)
 
 
