@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -113,8 +114,8 @@ def find_task_files(
             if (named or task.name in folders) and "train" not in str(inside).lower():
                 fitting.append((file, str(inside).lower()))
         for split in task.splits:
-            if any(split in inside for _, inside in fitting):
-                fitting = [(file, inside) for file, inside in fitting if split in inside]
+            if chosen := [(file, inside) for file, inside in fitting if re.search(rf"(?<![a-z]){split}", inside)]:
+                fitting = chosen  # a word of the path: "ceval" is no "val"
                 break
         if fitting:
             return [file for file, _ in fitting]
