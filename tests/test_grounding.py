@@ -1,5 +1,6 @@
 """Prompts with passages, answers with citations, and passages that try to be more than data."""
 
+import random
 import re
 
 import pytest
@@ -21,7 +22,7 @@ from suwen.retrieval.grounding import (
     with_passages,
 )
 from suwen.retrieval.index import build_index
-from suwen.retrieval.injection import suspicious
+from suwen.retrieval.injection import COMMAND, COMMANDS, suspicious
 from suwen.retrieval.passages import Passage, Section, cut_passages
 from suwen.retrieval.search import KnowledgeBase
 from suwen.retrieval.settings import RetrievalSettings
@@ -183,6 +184,19 @@ def test_a_follow_up_question_is_searched_with_the_one_before(tmp_path):
     assert hits[0].passage.title == "布洛芬"
 
 
+def test_the_flat_pattern_finds_what_the_plain_one_finds():
+    plain = re.compile("|".join(f"(?:{begins}){rest}" for begins, rest in COMMANDS))
+    words = re.findall(r"[\u4e00-\u9fff]+|[a-z]{2,}", plain.pattern)
+    draw = random.Random(0)
+    found = 0
+    for _ in range(5_000):
+        text = "".join(draw.choices([*words, " ", " ", "。", "你", "模式", ":"], k=draw.randint(2, 8)))
+        match, expected = COMMAND.search(text), plain.search(text)
+        assert (match and match.span()) == (expected and expected.span()), text
+        found += match is not None
+    assert found > 50
+
+
 @pytest.mark.parametrize("question", ["那副作用呢？", "它的副作用有哪些", "副作用呢", "这个药有什么副作用？"])
 def test_a_follow_up_question_finds_what_it_is_about_and_not_the_side_effects_of_something_else(tmp_path, question):
     others = dict.fromkeys(("多沙普仑", "洛铂"), "副作用：副作用有皮疹。副作用少见。")
@@ -198,7 +212,14 @@ def test_a_follow_up_question_finds_what_it_is_about_and_not_the_side_effects_of
 
 @pytest.mark.parametrize(
     "question",
-    ["其他药会影响它吗", "头痛怎么治疗呢？", "其它办法有哪些？", "高血压应该吃什么呢？", "请问那格列奈怎么吃"],
+    [
+        "其他药会影响它吗",
+        "应该药物治疗还是手术？",
+        "头痛怎么治疗呢？",
+        "其它办法有哪些？",
+        "高血压应该吃什么呢？",
+        "请问那格列奈怎么吃",
+    ],
 )
 def test_what_is_no_follow_up(question):
     assert bool(FOLLOW_UP.search(question)) == ("影响它" in question)

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -17,10 +20,10 @@ from suwen.readers import Refusal
 from suwen.retrieval import bm25, office
 from suwen.retrieval.documents import read_sections
 from suwen.retrieval.index import build_index
-from suwen.retrieval.passages import Passage, Section, cut_passages
+from suwen.retrieval.passages import SENTENCE_END, Passage, Section, cut_passages
 from suwen.retrieval.search import KnowledgeBase, fuse_ranks
 from suwen.retrieval.settings import RetrievalSettings
-from suwen.retrieval.terms import text_terms
+from suwen.retrieval.terms import WIDE, normalise, text_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAFLETS = {
@@ -89,6 +92,21 @@ def test_terms_are_blind_to_case_width_and_wrapped_lines():
 
 
 # Passages
+
+
+def test_punctuation_that_is_replaced_first_changes_nothing_else():
+    marks = [chr(code) for code in (*range(0x300, 0x370), 0x3099, 0x309A)]  # what could combine with it
+    for text in ("Ａ，（１）：；？！～℃①", *(f"{wide}{mark}" for wide, _ in WIDE for mark in marks)):
+        assert normalise(text) == unicodedata.normalize("NFKC", text).casefold()
+
+
+def test_sentences_end_where_the_plain_pattern_says():
+    plain = re.compile(r"[。！？；!?;…]+[”’」』）)\]]*\s*|\.\s+")
+    draw = random.Random(0)
+    for _ in range(5000):
+        text = "".join(draw.choices("。！…；.. \n药a1”）】", k=draw.randint(1, 20)))
+        found = [match.span() for match in SENTENCE_END.finditer(text)]
+        assert found == [match.span() for match in plain.finditer(text)], text
 
 
 def test_a_passage_is_the_text_at_its_span_with_its_hash():

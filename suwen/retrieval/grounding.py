@@ -34,7 +34,8 @@ CITATION = re.compile(r"[\[［【]\s*((?:资料|来源)?\s*[0-9]{1,3}(?:\s*[,，
 SENTENCE = re.compile(r"[^。！？!?；;\n]+[。！？!?；;\n]*(?:\s*[\[［【][^\]］】]{1,20}[\]］】])*")
 # A question that is about what was asked before: 那副作用呢？ 它能和酒一起吃吗？
 FOLLOW_UP = re.compile(
-    r"^(?:那|这|它|其(?![他它实])|还有|另外)|(?<!其)它|(?:这|那|该)(?:个|种|类|款)?(?:药|病|症)|^[^什怎哪如多几吗]{1,10}呢[？?。\s]*$"
+    r"^(?:那|这|其(?![他它实])|还有|另外)|(?<!其)它|(?:这|那|(?<!应)该)(?:个|种|类|款)?(?:药|病|症)"
+    r"|^[^什怎哪如多几吗]{1,10}呢[？?。\s]*$"
 )
 SUPPORT = 0.3  # share of a sentence's pairs of characters that a passage must contain to carry it
 

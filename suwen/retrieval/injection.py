@@ -2,8 +2,8 @@
 
 Nothing finds all of them (OWASP LLM01): this is one of several defences, together with the data block that a passage
 cannot close and the encoder that never makes a control token of text. The patterns see text in lower case, in half
-width and without spaces between Chinese characters. Each alternative begins with a plain character: of those the
-compiled search makes one set and looks closer only where one of them stands.
+width and without spaces between Chinese characters. Each alternative begins with a plain character (and a repeated set
+stands once before it may repeat): of those the compiled search makes one set, and looks closer only where one stands.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def _units(text: str, size: int) -> Iterator[_Unit]:
                 continue
         begin, first = 0, True
         for end in (*_sentence_ends(line), len(line)):
-            # Few sentences are longer than a passage
-            for start, stop in _pieces(line, begin, end, size) if end - begin > size else [(begin, end)]:
+            pieces = _pieces(line, begin, end, size) if end - begin > size else [(begin, end)]
+            for start, stop in pieces:
                 if stop > start:
                     yield _Unit(at + start, at + stop, heading if first else None, first)
                     first = False
