@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from suwen.arguments import OneLineParser, run
 
 ROOT = Path(__file__).resolve().parents[1]
-# stage -> (launcher, folder of its data)
+# stage -> (launcher, its data)
 LAUNCHERS = {
     "warmup": ("run_sft.sh", "sft"),
     "pt": ("run_pt.sh", "pretrain"),
@@ -43,7 +43,7 @@ LAUNCHERS = {
     "dpo": ("run_dpo.sh", "preference"),
     "orpo": ("run_orpo.sh", "preference"),
     "rm": ("run_rm.sh", "preference"),
-    "ppo": ("run_ppo.sh", "sft"),
+    "ppo": ("run_ppo.sh", "sft/question.jsonl"),
 }
 STAGES = (*LAUNCHERS, "retrieval")
 ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: only these are asked with passages
