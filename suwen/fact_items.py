@@ -31,6 +31,7 @@ from suwen.synthesis import (
 MAX_OVERLAP = 0.6  # of an evaluation question's 13-grams in one training row
 WORDING_NGRAM = 8
 PLACEHOLDER = re.compile(r"\{[ev]\}")
+SENTENCE_END = re.compile(r"[。！？\n]")
 
 
 def recall_items(entity: str, source: Source) -> Iterator[Row]:
@@ -147,9 +148,9 @@ def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source
     wordings = TestItems(sorted(_held_out_words(source)), ngram=WORDING_NGRAM, common=1_000_000)
 
     def check(rows: list[tuple[str, Row]]) -> Iterator[str]:
-        forms = [normal_form("\n".join(_texts(row))) for _, row in rows]
-        held = questions.overlaps(forms) > MAX_OVERLAP
-        worded = wordings.overlaps(forms) == 1
+        sentences = ["\n".join(map(normal_form, SENTENCE_END.split("\n".join(_texts(row))))) for _, row in rows]
+        held = questions.overlaps([form.replace("\n", "") for form in sentences]) > MAX_OVERLAP
+        worded = wordings.overlaps(sentences) == 1  # the end of one and the beginning of the next are no wording
         for (stage, row), holds, has_wording in zip(rows, held.tolist(), worded.tolist(), strict=True):
             groups = {group_of.get(fact, "A") for fact in row["facts"]}
             place = f"{stage}, recipe {row['recipe']}: {_texts(row)[0][:60]!r}"

@@ -95,13 +95,13 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             raise ValueError(f"--{name}: {why}; leave it out")
     if library.get("do_train") is False and not library.get("do_eval"):
         raise ValueError("--do_train False: leaves nothing to do; add --do_eval, or leave it out")
+    trains = library.get("do_train") or not (library.get("do_eval") or "do_train" in library)
+    check_tasks(args.run, trains, "deepspeed" if uses_deepspeed(library) else engine_in_use())
     if engine_in_use() == "fsdp" and (kind := os.environ.get("FSDP_STATE_DICT_TYPE")) != "FULL_STATE_DICT":
         raise ValueError(
             f"fsdp_state_dict_type: found {kind}, expected FULL_STATE_DICT as in configs/fsdp2.yaml; parts of "
             "weights would be written as pickles, and no model at the end"
         )
-    trains = library.get("do_train") or not (library.get("do_eval") or "do_train" in library)
-    check_tasks(args.run, trains, "deepspeed" if uses_deepspeed(library) else engine_in_use())
     if uses_deepspeed(library):
         from torch.utils.cpp_extension import get_default_build_root
 

@@ -306,6 +306,14 @@ def test_planted_leaks_are_found(fictional):
     ]
 
 
+def test_the_end_of_a_sentence_and_the_beginning_of_the_next_are_no_held_out_wording(fictional):
+    head = heads(fictional, "A")[0]
+    row = next(article_rows(head, fictional))
+    texts = ("检查单开给昙型湿疹患者的。处方上写着卡巴素。", "检查单开给昙型湿疹患者的处方上写着卡巴素。")
+    found = [list(find_leaks([("pretrain", {**row, "text": text})], [], fictional)) for text in texts]
+    assert [len(lines) for lines in found] == [0, 1]
+
+
 def test_evaluation_covers_every_fact_of_a_fictional_graph_and_names_its_group(fictional):
     facts = {fact.id for fact in fictional.graph.facts}
     for maker, number in (
