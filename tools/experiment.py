@@ -52,7 +52,7 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
 EPOCHS = {"pt": 5, "sft": 3}
 EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
-DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --replay 0.3"
+DATA = "--recipe fictional --size 75 --answers value --questions 14 --pairs 6 --pair_wordings 8 --replay 0.3"
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
 # A question has one passage, the best that the search finds. Attention to the asked fact forms in 1.5 million tokens of
 # reading examples with one, too; with two of similar names it had hardly begun after 2.6 million.
