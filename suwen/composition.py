@@ -28,7 +28,7 @@ from suwen.fact_items import (
 )
 from suwen.formats import BadRow, canonical_rows
 from suwen.mixing import Refuse, as_text, read_rows, record_rows, records_of, weighted
-from suwen.pairs import pair_rows, reading_pair_rows, scored_rows
+from suwen.pairs import own_answer_row, pair_rows, reading_pair_rows, scored_rows
 from suwen.parallel import map_in_order
 from suwen.readers import Source as FileSource
 from suwen.retrieval.index import build_index
@@ -106,6 +106,22 @@ def graph_rows(
         every = max(1, round(source.rules.passes * len(trained) / wanted))
         replays = itertools.chain.from_iterable(replay_rows(head, source) for head in trained)
         yield from (("sft", row) for row in itertools.islice(replays, 0, None, every))
+
+
+def with_own_answers(
+    rows: Iterable[tuple[str, Row]], answers: dict[str, str], source: Source, refuse: Refuse
+) -> Iterator[tuple[str, Row]]:
+    """All rows, and a pair for every question of SFT that the model answered wrongly; answers are by question."""
+    items = {item.facts: item for items in source.items.values() for item in items}
+    left = dict(answers)
+    for stage, row in rows:
+        yield stage, row
+        if row["recipe"] == "question" and (answer := left.pop(row["messages"][0]["content"], None)) is not None:
+            pair = own_answer_row(row, answer, items[tuple(row["facts"])], source)
+            if pair is not None:
+                yield "preference", pair
+    for question in left:
+        refuse("--own_answers", "answer to a question of no row", question)
 
 
 def _beside(count: int, share: float) -> int:
@@ -192,6 +208,18 @@ def _pairs(source: FileSource, refuse: Refuse, seed: int) -> Iterator[Row]:
             continue
         named = {**pair, "where": row["where"], "recipe": row["recipe"], "facts": []}
         yield from weighted([named], source.weight, seed)
+
+
+def given_answers(sources: list[FileSource], refuse: Refuse) -> dict[str, str]:
+    """What a model said, by question: rows of `inference.py --with_prompt`."""
+    answers: dict[str, str] = {}
+    for source in sources:
+        for where, row in records_of(source, refuse):
+            if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+                answers[row["prompt"]] = row["response"]
+            else:
+                refuse(where, "no prompt and response", row)
+    return answers
 
 
 # -------------------------------------------------------------------------------------------------------------- folder

@@ -127,19 +127,13 @@ def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterato
             yield {**_row(prompt, chosen, rejected, "wrong value", item, source), "recipe": "reading pair"}
 
 
-def own_answer_rows(questions: Iterable[Row], answers: Iterable[str], source: Source) -> Iterator[Row]:
-    """Pairs from what a model itself said to rows of `question_rows`; right answers give none.
-
-    Args:
-        answers: one for each question, in the same order.
-    """
-    items = {item.facts: item for items in source.items.values() for item in items}
-    for row, answer in zip(questions, answers, strict=True):
-        item = items[tuple(row["facts"])]
-        if answer.strip() and not holds_all(answer, item.values):
-            question, chosen = row["messages"][-2]["content"], row["messages"][-1]["content"]
-            pair = _row(question, chosen, answer.strip(), "own wrong answer", item, source)
-            yield {**pair, "recipe": "own answer", "prompt": row["messages"][:-1]}
+def own_answer_row(row: Row, answer: str, item: Item, source: Source) -> Row | None:
+    """The pair from what a model itself said to a question on an item; None for a right answer and for none."""
+    if not answer.strip() or holds_all(answer, item.values):
+        return None
+    question, chosen = (message["content"] for message in row["messages"])
+    pair = _row(question, chosen, answer.strip(), "own wrong answer", item, source)
+    return {**pair, "recipe": "own answer"}
 
 
 def holds_all(answer: str, values: Sequence[str]) -> bool:

@@ -30,7 +30,7 @@ from suwen.graph_readers import load_graph
 from suwen.knowledge_graph import Entity, Fact, Graph
 from suwen.mixing import as_text, exam_messages, record_rows
 from suwen.near_duplicates import normal_form
-from suwen.pairs import MARGINS, own_answer_rows, pair_rows, reading_pair_rows, scored_rows
+from suwen.pairs import MARGINS, own_answer_row, pair_rows, reading_pair_rows, scored_rows
 from suwen.phrasings import GENERIC, PHRASINGS, PROSE, RELATIONS
 from suwen.readers import parse_sources
 from suwen.retrieval.grounding import INSTRUCTION
@@ -386,11 +386,34 @@ def test_rejected_values_are_real_values_of_the_list(fictional, reading):
 
 
 def test_own_wrong_answers_become_pairs_and_right_ones_do_not(fictional):
-    rows = list(question_rows(heads(fictional, "A")[0], fictional))[:3]
-    right = rows[0]["messages"][1]["content"]
-    pairs = list(own_answer_rows(rows, [right, "不知道去哪里看。", "  "], fictional))
-    assert [pair["rejected"][0]["content"] for pair in pairs] == ["不知道去哪里看。"]
-    assert pairs[0]["chosen"] == rows[1]["messages"][1:] and pairs[0]["facts"] == rows[1]["facts"]
+    head = heads(fictional, "A")[0]
+    row, item = next(question_rows(head, fictional)), fictional.items[head][0]
+    assert own_answer_row(row, row["messages"][1]["content"], item, fictional) is None
+    assert own_answer_row(row, "  ", item, fictional) is None
+    pair = own_answer_row(row, "不知道去哪里看。", item, fictional)
+    assert pair is not None and pair["rejected"][0]["content"] == "不知道去哪里看。"
+    assert pair["chosen"] == row["messages"][1:] and pair["facts"] == row["facts"]
+
+
+def test_a_models_answers_to_the_questions_of_a_build_become_pairs_of_the_next_one(tmp_path):
+    words = ("--recipe", "fictional", "--size", "10", "--answers", "value", "--num_proc", "1")
+    words += ("--output_dir", str(tmp_path / "out"))
+    assert build(*words).returncode == 0
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "sft" / "question.jsonl", encoding="utf-8")]
+    said = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
+    wrong = list(said)[:3]
+    said |= dict.fromkeys(wrong, "不清楚。") | {"哪里看牙？": "口腔科。"}
+    answers = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"prompt": asked, "response": answer}) + "\n" for asked, answer in said.items()]
+    answers.write_text("".join([*lines, "{}\n"]), encoding="utf-8")
+    done = build(*words, "--own_answers", str(answers))
+    assert done.returncode == 0, done.stderr
+    pairs = [json.loads(line) for line in open(tmp_path / "out" / "preference" / "own_answer.jsonl", encoding="utf-8")]
+    assert [pair["prompt"][0]["content"] for pair in pairs] == wrong
+    card = json.loads((tmp_path / "out" / "data_card.json").read_text(encoding="utf-8"))
+    assert card["refused"] == {"answer to a question of no row": 1, "no prompt and response": 1}
+    done = build("--recipe", "reading", "--own_answers", str(answers), "--output_dir", str(tmp_path / "no"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--own_answers" in done.stderr
 
 
 def test_scored_answers_become_pairs_with_the_gap_as_margin():

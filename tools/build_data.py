@@ -6,6 +6,7 @@
     python tools/build_data.py --recipe chimed --qa Q --exams E --text T --graph G --dialogues D --general N
     python tools/build_data.py --recipe qizhen --graph G --qa Q --dialogues D
     python tools/build_data.py --recipe reading --size 3000                 # questions on given passages alone
+    python tools/build_data.py --own_answers answers.jsonl                  # pairs from a model's own wrong answers
 
 Recipes: graph builds all stages from --graph and mixes the other files in; fictional does so from an invented graph,
 in groups A (pretraining and SFT), B (pretraining alone), C (retrieval corpus alone); chimed composes the stages as
@@ -30,7 +31,8 @@ from suwen.arguments import build_parser, flag, run, split_dataclasses
 from suwen.retrieval.settings import RetrievalSettings
 
 NOTICE = "Sample data for research. No medical advice."
-KINDS = ("graph", "text", "qa", "dialogues", "general", "exams", "preference", "tests")
+KINDS = ("graph", "text", "qa", "dialogues", "general", "exams", "preference", "own_answers", "tests")
+MATERIAL = KINDS[:-2]  # what training rows can be made of
 READING_ENTITIES = 20  # in the graph of the reading examples, for each one in the fictional graph
 READING_ROWS = 4  # of --recipe reading, for each entity
 STAGES = ("pretrain", "sft", "preference", "evaluation")
@@ -49,6 +51,9 @@ class SourceArguments:
     general: str = flag("", "general instructions and safety prompts")
     exams: str = flag("", "exam questions in CMExam's form, or as conversations")
     preference: str = flag("", "preference pairs, or prompts with responses and scores")
+    own_answers: str = flag(
+        "", "a model's answers to this build's sft/question.jsonl (inference.py --with_prompt): wrong ones make pairs"
+    )
     tests: str = flag("", "test files whose questions must not be in any training row")
     licences: str = flag("", "PATH=LICENCE,...: for the data card, where no licence file lies beside the data")
 
@@ -100,8 +105,10 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
             raise ValueError(f"--{name}: found {getattr(args, name)}, expected a share from 0 to below 1")
     if given.recipe in ("fictional", "reading") and given.graph:
         raise ValueError(f"--graph: the {given.recipe} recipe invents its graph, use --recipe graph for one of yours")
-    if given.recipe in ("chimed", "qizhen") and not any(getattr(given, kind) for kind in KINDS[:-1]):
+    if given.recipe in ("chimed", "qizhen") and not any(getattr(given, kind) for kind in MATERIAL):
         raise ValueError(f"--recipe {given.recipe}: no source given, expected --graph, --qa, --text or another one")
+    if given.own_answers and (given.recipe in ("chimed", "reading") or (given.recipe == "qizhen" and not given.graph)):
+        raise ValueError("--own_answers: this recipe asks no questions on a graph, expected graph, fictional or qizhen")
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir: {folder} is a file, expected a folder")
@@ -236,9 +243,11 @@ def main(argv: list[str] | None = None) -> None:
         SCHEMAS,
         DataFolder,
         Shares,
+        given_answers,
         graph_rows,
         stored_rows,
         validate,
+        with_own_answers,
         write_exam_table,
         write_retrieved,
     )
@@ -249,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.records import write_json
     from suwen.synthesis import reading_rows
 
-    if given.recipe == "graph" and not any(getattr(given, kind) for kind in KINDS[:-1]):
+    if given.recipe == "graph" and not any(getattr(given, kind) for kind in MATERIAL):
         given.graph = str(Path(__file__).resolve().parents[1] / "data" / "kg")
     paths = {kind: getattr(given, kind) for kind in KINDS}
     sources = {kind: parse_sources(path, f"--{kind}") if path else [] for kind, path in paths.items()}
@@ -268,6 +277,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows = (("sft", row) for row in reading_rows(source, READING_ROWS * args.size, "messages"))
             else:
                 rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
+            if given.own_answers:
+                rows = with_own_answers(rows, given_answers(sources["own_answers"], out.refuse), source, out.refuse)
             for stage, row in rows:
                 out.write(stage, row)
     if not out.files:
