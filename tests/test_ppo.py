@@ -539,17 +539,17 @@ def test_settings_of_the_namespace_are_those_of_the_flags():
 def warmed_up(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learning")
     files = reinforcement_benchmark.write_questions(folder / "questions")
-    reinforcement_benchmark.warm_up(files, folder / "warm_up", threads=1)
-    return folder, files
+    start = reinforcement_benchmark.warm_up(files, folder / "warm_up", threads=1)
+    return folder, files, start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", reinforcement_benchmark.ALGORITHMS)
 def test_the_key_of_exam_questions_teaches_what_held_out_questions_ask(algorithm, warmed_up):
-    folder, files = warmed_up
-    found = reinforcement_benchmark.learn(algorithm, 1, 8, folder / "warm_up", files, folder / algorithm, threads=1)
+    folder, files, start = warmed_up
+    found = reinforcement_benchmark.learn(algorithm, 1, 12, start, files, folder / algorithm, threads=1)
     test = compare_correct(found["before"], found["after"])
     accuracy = sum(found["after"]) / len(found["after"])
     assert test.value > 0 and test.p < 1e-3
     assert accuracy > reinforcement_benchmark.constant_letter(files["held_out"]) + 0.1
-    assert abs(found["kl"]) < 3
+    assert found["kl"] is None or abs(found["kl"]) < 3  # DPO and ORPO do not measure it
