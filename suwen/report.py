@@ -410,11 +410,16 @@ def write_report(
         parts.append(
             folded(str(run.folder), tag("pre", html.escape(json.dumps(run.header, ensure_ascii=False, indent=1))))
         )
-    parts.append(tag("p", "Research output; no score here says that a model may give medical advice.", class_="soft"))
+    write_page(path, title, parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """A page of these parts, which are HTML already. Nothing is loaded from outside."""
+    note = tag("p", "Research output; no score here says that a model may give medical advice.", class_="soft")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     head = tag("head", head + tag("style", STYLE))
-    page = f"<!doctype html>\n{tag('html', head + tag('body', ''.join(parts)), lang='en')}\n"
+    page = f"<!doctype html>\n{tag('html', head + tag('body', ''.join([*parts, note])), lang='en')}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
