@@ -261,6 +261,9 @@ def test_broken_requests_are_refused(server, body):
     assert reply.status_code == 400 and reply.json()["error"]["message"]
     if body in (b"", b"{"):
         assert ("not valid JSON" if body else "required") in reply.json()["error"]["message"]
+    bare = httpx.post(f"{server[0]}/v1/chat/completions", content=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert bare.status_code == 400
+    assert ("expected one, sent as application/json" if body else "required") in bare.json()["error"]["message"]
 
 
 def test_half_a_character_in_a_message_is_an_answer_or_a_refusal(server):

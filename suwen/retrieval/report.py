@@ -21,9 +21,9 @@ def format_retrieval(results: dict[str, Any]) -> str:
     ranks = {name: score for name, score in found.items() if isinstance(score, dict)}
     rows = [["", "%", "95 % interval"]]
     rows += [[name, f"{score['value']:.1f}", interval(score)] for name, score in ranks.items()]
-    lines = [f"retrieval of {results['n']} questions", table(rows), f"MRR {found['MRR']:.3f}"]
+    lines = [f"retrieval of {number_of(results['n'])}", table(rows), f"MRR {found['MRR']:.3f}"]
     if found["given nothing"]:
-        lines.append(f"nothing relevant enough for {found['given nothing']} questions, which are not answered")
+        lines.append(f"nothing relevant enough for {number_of(found['given nothing'])}: no answer")
     rows = [["answers", "right %", "95 % interval", "answer in passages %", "citations that hold", "not asked"]]
     for condition, scores in results["answers"].items():
         right, within, citations = (scores[name] for name in ("accuracy", "answer in passages", "citation precision"))
@@ -45,12 +45,12 @@ def write_retrieval_report(
 ) -> None:
     """One page: what was found, what the answers gain from it, and the questions where it went wrong."""
     found = results["retrieval"]
-    parts = [tag("h1", "Retrieval evaluation"), tag("p", f"{results['n']:,} questions", class_="soft")]
+    parts = [tag("h1", "Retrieval evaluation"), tag("p", number_of(results["n"]), class_="soft")]
     parts.append(tag("h2", "Is the right document found?"))
     ranks = {name: score for name, score in found.items() if isinstance(score, dict)}
     points = [Point(name, 0, score["value"], score["low"], score["high"]) for name, score in ranks.items()]
     parts.append(score_plot(points, {}, "questions whose document is among the first passages, %"))
-    nothing = f"; nothing relevant enough, and so no answer, for {found['given nothing']:,} questions"
+    nothing = f"; nothing relevant enough, and so no answer, for {number_of(found['given nothing'])}"
     note = f"mean reciprocal rank {found['MRR']:.3f}{nothing if found['given nothing'] else ''}"
     parts.append(tag("p", note, class_="soft"))
     parts.append(tag("h2", "Are the answers right?"))
