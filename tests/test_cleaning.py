@@ -185,7 +185,9 @@ def test_masked_text_holds_no_personal_data_and_masking_again_changes_nothing():
         == f"姓名：{MASKS['name']}，电话：{MASKS['phone']}，身份证 {MASKS['resident_id']}，邮箱{MASKS['email']}。"
     )
     assert not find_personal_data(masked) and mask_personal_data(masked) == masked
-    assert mask_personal_data("国外请拨+86 138-1234-5678，全角１３８１２３４５６７８。") == "国外请拨[电话]，全角[电话]。"
+    assert (
+        mask_personal_data("国外请拨+86 138-1234-5678，全角１３８１２３４５６７８。") == "国外请拨[电话]，全角[电话]。"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- chain

@@ -127,6 +127,17 @@ def test_an_evaluation_that_was_cut_off_asks_only_what_is_left(index, questions,
     assert (folder / "answers" / "earlier-1" / "closed_book.jsonl").is_file()
 
 
+def test_questions_without_answers_score_retrieval_alone(index, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "布洛芬何时禁用？", "document": "布洛芬"}\n', encoding="utf-8")
+    results = evaluate_retrieval(
+        KnowledgeBase(index), read_questions(str(file)), reader, 32, tmp_path / "eval", {"model": "reader"}
+    )
+    assert results["retrieval"]["recall@1"]["value"] == 100 and results["compared"] == []
+    for shown in (format_retrieval(results), (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")):
+        assert "only retrieval is scored" in shown and "closed book" not in shown
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

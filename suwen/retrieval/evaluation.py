@@ -132,7 +132,7 @@ def evaluate_retrieval(
 
     Returns:
         {"retrieval": recall at each depth and MRR, "answers": condition -> accuracy and citations, "compared":
-        conditions against each other}, percentages.
+        conditions against each other, none where no question brings an answer}, percentages.
     """
     gold = gold_passages(knowledge, questions)
     records: list[dict[str, Any]] = []
@@ -164,8 +164,7 @@ def evaluate_retrieval(
     for condition in CONDITIONS:
         replies = collect_answers(condition, asked[condition], ask, max_new_tokens, output_dir / "answers", identity)
         answers[condition] = score_answers(condition, replies, questions, gold, shown, records)
-    compared = compare_conditions(records, [bool(question.answers) for question in questions])
-    results = {"n": n, "retrieval": retrieval, "answers": answers, "compared": compared}
+    results = {"n": n, "retrieval": retrieval, "answers": answers, "compared": compare_conditions(records)}
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "retrieval.json", results)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -232,22 +231,12 @@ def score_answers(
     }
 
 
-def compare_conditions(records: Sequence[dict[str, Any]], answered: Sequence[bool]) -> list[dict[str, Any]]:
-    """What passages change, on the same questions; a question that was not asked is not right.
-
-    Args:
-        answered: whether a question brings an answer to compare with; others say nothing about accuracy.
-    """
+def compare_conditions(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What passages change, on the questions that bring an answer; one that was not asked is not right."""
+    answered = [record for record in records if record["answers"]]
     rows: list[dict[str, Any]] = []
-    for first, second in COMPARED if any(answered) else ():
-        a, b = (
-            [
-                bool(record.get(name, {}).get("correct"))
-                for record, asked in zip(records, answered, strict=True)
-                if asked
-            ]
-            for name in (first, second)
-        )
+    for first, second in COMPARED if answered else ():
+        a, b = ([bool(record.get(name, {}).get("correct")) for record in answered] for name in (first, second))
         difference = compare_correct(a, b)
         value, low, high = (100 * x for x in difference[:3])
         gained = sum(y and not x for x, y in zip(a, b, strict=True))

@@ -13,6 +13,7 @@ from suwen.report import clip, folded, html_table, interval, p_value, score_cell
 from suwen.tables import table
 
 SHOWN_ITEMS = 12
+NO_ANSWERS = "no question brings an answer: only retrieval is scored"
 Record = dict[str, Any]
 
 
@@ -24,6 +25,8 @@ def format_retrieval(results: dict[str, Any]) -> str:
     lines = [f"retrieval of {number_of(results['n'])}", table(rows), f"MRR {found['MRR']:.3f}"]
     if found["given nothing"]:
         lines.append(f"nothing relevant enough for {number_of(found['given nothing'])}: no answer")
+    if not results["compared"]:
+        return "\n".join([*lines, NO_ANSWERS])
     rows = [["answers", "right %", "95 % interval", "answer in passages %", "citations that hold", "not asked"]]
     for condition, scores in results["answers"].items():
         right, within, citations = (scores[name] for name in ("accuracy", "answer in passages", "citation precision"))
@@ -31,12 +34,11 @@ def format_retrieval(results: dict[str, Any]) -> str:
         inside = "" if condition == "closed book" else f"{within['value']:.1f}"
         rows.append([condition, f"{right['value']:.1f}", interval(right), inside, hold, str(scores["not asked"])])
     lines += ["", table(rows)]
-    if results["compared"]:
-        rows = [["", "difference", "interval", "p (Holm)", ""]]
-        for row in results["compared"]:
-            name = f"{row['first']} -> {row['second']}"
-            rows.append([name, f"{row['difference']:+.1f}", interval(row), p_value(row["p_holm"]), row["verdict"]])
-        lines += ["", table(rows)]
+    rows = [["", "difference", "interval", "p (Holm)", ""]]
+    for row in results["compared"]:
+        name = f"{row['first']} -> {row['second']}"
+        rows.append([name, f"{row['difference']:+.1f}", interval(row), p_value(row["p_holm"]), row["verdict"]])
+    lines += ["", table(rows)]
     return "\n".join(lines)
 
 
@@ -53,7 +55,15 @@ def write_retrieval_report(
     nothing = f"; nothing relevant enough, and so no answer, for {number_of(found['given nothing'])}"
     note = f"mean reciprocal rank {found['MRR']:.3f}{nothing if found['given nothing'] else ''}"
     parts.append(tag("p", note, class_="soft"))
-    parts.append(tag("h2", "Are the answers right?"))
+    parts += _answers(results) if results["compared"] else [tag("p", NO_ANSWERS, class_="soft")]
+    parts += [tag("h2", "Questions"), *_questions(records, max(int(name.removeprefix("recall@")) for name in ranks))]
+    parts.append(folded("what answered", tag("pre", html.escape(json.dumps(identity, ensure_ascii=False, indent=1)))))
+    write_page(path, "Retrieval evaluation", parts)
+
+
+def _answers(results: dict[str, Any]) -> list[str]:
+    """How often the answers are right in each condition, and what passages change."""
+    parts = [tag("h2", "Are the answers right?")]
     points = [
         Point(condition, i, scores["accuracy"]["value"], scores["accuracy"]["low"], scores["accuracy"]["high"])
         for i, (condition, scores) in enumerate(results["answers"].items())
@@ -75,20 +85,17 @@ def write_retrieval_report(
         "question that was not asked, as nothing relevant was found, counts as not right."
     )
     parts.append(tag("p", note, class_="soft"))
-    if results["compared"]:
-        rows = []
-        for row in results["compared"]:
-            difference = f"{row['difference']:+.2f}" + tag("div", interval(row), class_="interval")
-            changed = f"{row['gained']} gained, {row['lost']} lost"
-            name = f"{html.escape(row['first'])} → {html.escape(row['second'])}"
-            rows.append(
-                [name, difference, changed, p_value(row["p_holm"]), tag("span", row["verdict"], class_=row["verdict"])]
-            )
-        parts.append(html_table(["", "difference", "questions", "p (Holm)", "verdict"], rows))
-        parts.append(tag("p", "Same questions, exact McNemar test with Holm's correction.", class_="soft"))
-    parts += [tag("h2", "Questions"), *_questions(records, max(int(name.removeprefix("recall@")) for name in ranks))]
-    parts.append(folded("what answered", tag("pre", html.escape(json.dumps(identity, ensure_ascii=False, indent=1)))))
-    write_page(path, "Retrieval evaluation", parts)
+    rows = []
+    for row in results["compared"]:
+        difference = f"{row['difference']:+.2f}" + tag("div", interval(row), class_="interval")
+        changed = f"{row['gained']} gained, {row['lost']} lost"
+        name = f"{html.escape(row['first'])} → {html.escape(row['second'])}"
+        rows.append(
+            [name, difference, changed, p_value(row["p_holm"]), tag("span", row["verdict"], class_=row["verdict"])]
+        )
+    parts.append(html_table(["", "difference", "questions", "p (Holm)", "verdict"], rows))
+    parts.append(tag("p", "Same questions, exact McNemar test with Holm's correction.", class_="soft"))
+    return parts
 
 
 def _questions(records: Sequence[Record], depth: int) -> list[str]:
@@ -126,7 +133,7 @@ def _questions(records: Sequence[Record], depth: int) -> list[str]:
         if rows:
             content = html_table(header, rows, [0, 1, 2, 4, 5, 6])
             parts.append(folded(f"{title}: {number_of(len(chosen))}{shown}", content))
-    return parts or [tag("p", "All documents were found, and all answers are right.", class_="soft")]
+    return parts or [tag("p", "Nothing went wrong.", class_="soft")]
 
 
 def number_of(count: int) -> str:
