@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     # Inputs: tasks, their files, and items, so that a mistake in them shows before a model is loaded
     knowledge = load_knowledge(args)
     if knowledge is not None:
-        from suwen.retrieval.evaluation import evaluate_retrieval, format_retrieval, read_questions
+        from suwen.retrieval.evaluation import evaluate_retrieval, read_questions
+        from suwen.retrieval.report import format_retrieval
 
         questions = read_questions(args.data_file)[: args.max_samples]
     else:
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             knowledge, questions, ask, longest, Path(folder), {"model": identity}, args.system_prompt
         )
         print(format_retrieval(found))
-        print(f"written to {folder}: retrieval.json, retrieval_records.jsonl, answers/")
+        print(f"written to {folder}: retrieval.json, retrieval_records.jsonl, report.html, answers/")
         return
     results = evaluate.evaluate(tasks, files, Path(folder), settings, identity, served, ask, read)
     print(format_results(results))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from suwen.switching import active
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 PREFILL_TOKENS = 8192  # padding included, of requests that join together
+# Seconds in which those who wait for a first token get it before the next step takes the processor and the interpreter
+HANDOVER = 5e-4
 
 # What a request hears: a token id, None at the end, or what went wrong.
 Deliver = Callable[[int | None | Exception], None]
@@ -154,6 +157,8 @@ class Batcher:
                 joining = self._choose()
             for adapter, requests in joining.items():
                 self._guard(adapter, requests, partial(self._join, adapter, requests))
+            if joining:
+                time.sleep(HANDOVER)
             for adapter, group in list(self.groups.items()):
                 if group.rows:
                     self._guard(adapter, [], partial(self._step, adapter))

@@ -443,8 +443,14 @@ def compare_stage(output: Path, earlier: Sequence[str | Path], brief: bool = Fal
     if not folders:
         return None
     comparison = compare_folders([*folders, output], output / "comparison.json", output / "report.html")
-    # of the way there the overview says enough; the last pair is the end against the start
-    print(format_overview(comparison), flush=True)
+    # of the way there the overview says enough, and of what this evaluation asked; the last pair is the end against
+    # the start
+    asked = comparison["results"][-1]["tasks"].keys()
+    results = [
+        {**result, "tasks": {name: entry for name, entry in result["tasks"].items() if name in asked}}
+        for result in comparison["results"]
+    ]
+    print(format_overview({**comparison, "results": results}), flush=True)
     if not brief:
         print("\n" + format_pairs(comparison["pairs"][-1:]), flush=True)
     return comparison

@@ -189,7 +189,7 @@ def write_answers(
 
     started, tokens = time.perf_counter(), 0
     description = f"process {process}" if process is not None else None
-    with tqdm(total=len(todo), desc=description, position=process, unit="question", disable=not todo) as progress:
+    with tqdm(total=len(todo), desc=description, position=process, unit=" questions", disable=not todo) as progress:
         for index, answer, hits in answers_of(served, prompts, todo, args, knowledge):
             tokens += len(answer.token_ids)
             output.append([answer_row(index, prompts[index], answer, hits, args)])

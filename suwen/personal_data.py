@@ -37,12 +37,15 @@ NOT_NAMES = re.compile(
     r"不详|未知|保密|匿名|同上|高血[压糖脂]|黄疸|白[带细血]|应[该当]|常[规见]|任[何意]|全[部体]|成[年人]|时[间候]|平[时常]|关[节于]"
 )
 
+# Full width as half width, character by character, so that places stay the same
+FULL_WIDTH = re.compile("[\uff10-\uff19\uff20-\uff3a\uff41-\uff5a]")
+HALF_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF20, 0xFF3B), *range(0xFF41, 0xFF5B))}
 # Cheap to look for, and rare: what may hold a number, and the colon behind a label
-DIGIT_RUN = re.compile(r"[0-9](?:[- \uff0d]?[0-9Xx]){9,}")
+DIGIT_RUN = re.compile(r"(?:\+(?=86))?[0-9](?:[- \uff0d]?[0-9Xx]){9,}")
 COLON = re.compile(r"[:：] ?")
 NUMBER = re.compile(
     r"(?P<resident_id>[1-9]\d{5}(?:19|20)\d{9}[\dXx])"
-    r"|(?P<phone>(?:86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}"
+    r"|(?P<phone>(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}"
     r"|0\d{2,3}[- \uff0d]\d{7,8}|400[- \uff0d]?\d{3,4}[- \uff0d]?\d{3,4})"
 )
 EMAIL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._%+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
@@ -90,6 +93,8 @@ def is_resident_id(text: str) -> bool:
 
 def find_personal_data(text: str) -> list[Finding]:
     """Everything recognised, in order, without overlap."""
+    if FULL_WIDTH.search(text):
+        text = text.translate(HALF_WIDTH)
     found = sorted(_candidates(text), key=lambda item: (item.start, -item.end))
     kept: list[Finding] = []
     for item in found:

@@ -29,7 +29,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="Could not find a config file in")  # the base is a LoRA folder itself
-    for name in ("transformers", "trl", "accelerate", "datasets", "peft"):
+    for name in ("transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

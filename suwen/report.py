@@ -122,8 +122,18 @@ def format_overview(comparison: dict[str, Any]) -> str:
             shown = number(summary["metrics"][entry["headline"]]["value"]) if summary else "-"
             cells.append(shown + verdicts.get((result["name"], name, mode), "  "))
         rows.append([name, mode, entry["headline"], *cells])
-    note = "+ better, - worse than the column before: same items, p < 0.05 after Holm's correction"
-    return f"{table(rows, left=3)}\n{note}"
+    notes = ["+ better, - worse than the column before: same items, p < 0.05 after Holm's correction"]
+    for name, _, mode in tasks_and_modes(results):
+        counts = item_counts(results, name, mode)
+        if len(set(counts)) > 1:
+            notes.append(f"{name}, {mode}: " + ", ".join(f"{count:,}" for count in counts) + " items")
+    return "\n".join([table(rows, left=3), *notes])
+
+
+def item_counts(results: Sequence[dict[str, Any]], task: str, mode: str) -> list[int]:
+    """Of how many items each score of a row is, of the results that have it."""
+    having = [result["tasks"].get(task, {}).get("modes", {}) for result in results]
+    return [modes[mode]["n"] for modes in having if mode in modes]
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
@@ -135,6 +145,9 @@ def format_comparison(comparison: dict[str, Any]) -> str:
 def format_pairs(pairs: Sequence[dict[str, Any]]) -> str:
     lines = []
     for pair in pairs:
+        if not pair["rows"]:
+            lines += [f"{pair['first']} -> {pair['second']}: no task in common", ""]
+            continue
         rows = [["task", "mode", "score", pair["first"], pair["second"], "difference", "interval", "p (Holm)", ""]]
         for row in pair["rows"]:
             if "problem" in row:
@@ -197,9 +210,10 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
         summary = entry["modes"][mode]
         floors = summary.get("floors", {})
         floor = max(floors, key=lambda key: floors[key]) if floors else ""
+        counts = dict.fromkeys(f"{n:,}" for n in item_counts(results, name, mode))
         lowest = f"{floors[floor]:.2f} %" + tag("div", html.escape(floor), class_="interval") if floor else ""
         title = html.escape(entry["title"]) + tag("div", html.escape(f"{mode}, {headline}"), class_="interval")
-        rows.append([tag("a", title, href=f"#{name}"), *cells, lowest, f"{summary['n']:,}"])
+        rows.append([tag("a", title, href=f"#{name}"), *cells, lowest, " / ".join(counts)])
     return html_table(["task", *(result["name"] for result in results), "without knowledge", "items"], rows)
 
 
@@ -241,6 +255,9 @@ def comparison_section(comparison: dict[str, Any]) -> str:
                 tag("span", row["verdict"], class_=row["verdict"]) + tag("div", note, class_="interval"),
             ])  # fmt: skip
         parts.append(tag("h3", f"{html.escape(pair['first'])} → {html.escape(pair['second'])}"))
+        if not rows:
+            parts.append(tag("p", "no task in common", class_="soft"))
+            continue
         header = ["task", pair["first"], pair["second"], "difference", "items", "p (Holm)", "verdict"]
         parts.append(html_table(header, rows))
     note = (
@@ -410,11 +427,16 @@ def write_report(
         parts.append(
             folded(str(run.folder), tag("pre", html.escape(json.dumps(run.header, ensure_ascii=False, indent=1))))
         )
-    parts.append(tag("p", "Research output; no score here says that a model may give medical advice.", class_="soft"))
+    write_page(path, title, parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """A page of these parts, which are HTML already. Nothing is loaded from outside."""
+    note = tag("p", "Research output; no score here says that a model may give medical advice.", class_="soft")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     head = tag("head", head + tag("style", STYLE))
-    page = f"<!doctype html>\n{tag('html', head + tag('body', ''.join(parts)), lang='en')}\n"
+    page = f"<!doctype html>\n{tag('html', head + tag('body', ''.join([*parts, note])), lang='en')}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")

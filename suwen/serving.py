@@ -211,7 +211,9 @@ def load_served(args: argparse.Namespace) -> Served:
     from suwen.encoding import ChatEncoder
     from suwen.generation import model_window
     from suwen.models import check_vocabulary, load_causal_lm, load_tokenizer
+    from suwen.progress import quiet_libraries
 
+    quiet_libraries()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.gpus is not None and torch.cuda.device_count() < len(args.gpus.split(",")):

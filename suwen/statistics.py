@@ -16,6 +16,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
+SMALLEST_SHOWN = 0.005
 RESAMPLES = 10_000
 SEED = 0
 CHUNK_DRAWS = 4_000_000  # indices drawn at once: 32 MB
@@ -162,7 +163,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: float, corrected_p: float, lower_is_better: bool = False) -> Verdict:
-    if corrected_p >= ALPHA or difference == 0:
+    """What a difference means, in the unit of its table; one that rounds to 0.00 there is none, however sure it is."""
+    if corrected_p >= ALPHA or abs(difference) < SMALLEST_SHOWN:
         return "same"
     return "better" if (difference < 0) == lower_is_better else "worse"
 

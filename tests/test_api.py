@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import random
 import resource
@@ -52,6 +53,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     found = {name: root / name for name in ("base", "sft", "dpo")}
     model = tiny_model(tokenizer)
     model.config.max_position_embeddings = 2048
+    model.config.initializer_range = 0.4  # weights so large that every question has an answer of its own
+    torch.manual_seed(0)
     LlamaForCausalLM(model.config).save_pretrained(found["base"])
     tokenizer.save_pretrained(found["base"])
     for seed, name, base in ((1, "sft", "base"), (2, "dpo", "sft")):
@@ -258,6 +261,9 @@ def test_broken_requests_are_refused(server, body):
     assert reply.status_code == 400 and reply.json()["error"]["message"]
     if body in (b"", b"{"):
         assert ("not valid JSON" if body else "required") in reply.json()["error"]["message"]
+    bare = httpx.post(f"{server[0]}/v1/chat/completions", content=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert bare.status_code == 400
+    assert ("expected one, sent as application/json" if body else "required") in bare.json()["error"]["message"]
 
 
 def test_half_a_character_in_a_message_is_an_answer_or_a_refusal(server):
@@ -340,24 +346,27 @@ def test_two_hundred_requests_of_twenty_clients_some_rude(server, local):
     settings = GenerationSettings(max_new_tokens=TOKENS)
     prompts = [encoder.encode_prompt([{"role": "user", "content": question}]) for question in questions]
     expected = [answer.content for answer in generate_batch(model, encoder, prompts, settings)]
+    assert len(set(expected)) == len(questions)  # else an answer to the wrong client would go unseen
+
+    def refused(status: int, *request, **options) -> None:
+        with pytest.raises(openai.APIStatusError) as error:
+            ask(*request, **options)
+        assert error.value.status_code == status
 
     def one(number: int) -> str:
         client = client_of(address)
         message = [{"role": "user", "content": questions[number]}]
         kind = random.Random(number).random()
         if kind < 0.2:  # drops out in the middle of a stream
-            chunks = ask(client, message, stream=True, max_tokens=500)
-            for _ in range(number % 5):
-                next(iter(chunks))
-            chunks.close()
+            with ask(client, message, stream=True, max_tokens=500) as chunks:
+                seen = [chunk.choices[0].delta.content or "" for chunk in itertools.islice(chunks, number % 5)]
+            assert expected[number].startswith("".join(seen))
             return "dropped"
         if kind < 0.3:
-            with pytest.raises(openai.APIStatusError):
-                ask(client, [{"role": "user", "content": "长" * 500_000}])
+            refused(413, client, [{"role": "user", "content": "长" * 500_000}])
             return "oversized"
         if kind < 0.4:
-            with pytest.raises(openai.APIStatusError):
-                ask(client, message, temperature=99)
+            refused(400, client, message, temperature=99)
             return "invalid"
         if kind < 0.7:
             chunks = ask(client, message, stream=True)

@@ -168,6 +168,8 @@ def test_the_checksum_of_a_resident_id():
         ("医生：谢谢\n患者：没事", []),
         ("微信号：doctor_li88，邮箱 li@example.org", ["account", "email"]),
         ("出生日期：1980年3月5日，家庭住址：某省某市某区和平路12号", ["birth_date", "address"]),
+        ("证件１１０１０５１９４９１２３１００２Ｘ，手机１３８１２３４５６７８", ["resident_id", "phone"]),
+        ("共+12345678901次", []),
         ("血压120/80mmHg，白细胞12.5×10^9/L，共12345678901次", []),
     ],
 )
@@ -183,6 +185,9 @@ def test_masked_text_holds_no_personal_data_and_masking_again_changes_nothing():
         == f"姓名：{MASKS['name']}，电话：{MASKS['phone']}，身份证 {MASKS['resident_id']}，邮箱{MASKS['email']}。"
     )
     assert not find_personal_data(masked) and mask_personal_data(masked) == masked
+    assert (
+        mask_personal_data("国外请拨+86 138-1234-5678，全角１３８１２３４５６７８。") == "国外请拨[电话]，全角[电话]。"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- chain

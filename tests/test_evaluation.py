@@ -127,7 +127,10 @@ def test_items_without_a_partner_are_left_out_and_counted():
     first, second = answered_run("a", lambda item: "C", rows), answered_run("b", lambda item: "C", rows[:40])
     [pair] = compare_runs([first, second])["pairs"]
     assert pair["rows"][0]["n"] == 40 and pair["rows"][0]["unpaired"] == 10
-    assert "10 items are in one of the two only" in format_comparison(compare_runs([first, second]))
+    comparison = compare_runs([first, second])
+    assert "10 items are in one of the two only" in format_comparison(comparison)
+    comparison["results"] = [summarise_run(run) for run in (first, second)]
+    assert "cmexam, generate: 50, 40 items" in format_comparison(comparison)
 
 
 def test_groups_tell_small_cells_apart():
@@ -264,6 +267,11 @@ def test_a_stage_is_compared_with_the_one_before(model_folder, tmp_path, capsys)
     assert [row["verdict"] for row in found["comparison"]["pairs"][0]["rows"]] == ["same"] * 4
     assert "pt -> sft" in capsys.readouterr().out
     assert (tmp_path / "sft/eval/comparison.json").is_file()
+    earlier = [tmp_path / "pt/eval"]
+    other = tmp_path / "dpo/eval"
+    evaluate.evaluate_stage(str(model_folder), "general_text", other, earlier, settings=settings, served=served)
+    comparison = capsys.readouterr().out.split("written")[-1].split("\ntask")[-1]
+    assert "general_text" in comparison and "exam" not in comparison and "pt -> dpo: no task in common" in comparison
 
 
 def test_an_endpoint_is_evaluated_in_generate_mode(tmp_path, capsys):

@@ -496,8 +496,9 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("old", ["--load_in_4bit", "--load_in_8bit"])
-def test_quantised_models_answer_with_an_adapter_on_top(folder, adapter, capsys, old):
+def test_quantised_models_answer_with_an_adapter_on_top(folder, adapter, capsys, caplog, old):
     assert first_answer(capsys, "--base_model", folder, "--lora_model", adapter, old).count("答：") == 4
+    assert not caplog.records  # a line of bitsandbytes for every product of 8-bit weights
 
 
 # The command line: mistakes

@@ -244,9 +244,21 @@ def test_pdf_and_word_files_answer_with_their_pages(open_page, tmp_path):
 def test_models_are_compared_blind_and_voted_on(open_page):
     page = open_page()
     page.get_by_role("tab", name="比较模型").click()
+    stop = page.locator("#compare-stop")
+    expect(stop).to_be_disabled()
+    page.locator("#compare-ask").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("请先输入问题")
+    expect(stop).to_be_disabled(timeout=WAIT)
     page.locator("#compare-question textarea").fill("阿莫西林有哪些不良反应？")
+    set_slider(page, "回答最多的词元数", 3000)
+    page.locator("#compare-ask").click()
+    expect(stop).to_be_enabled(timeout=WAIT)
+    stop.click()
+    expect(stop).to_be_disabled(timeout=WAIT)
+    set_slider(page, "回答最多的词元数", 20)
     page.locator("#compare-ask").click()
     page.locator("#vote-A").wait_for()
+    expect(stop).to_be_disabled(timeout=WAIT)
     columns = page.locator(".candidate:visible")
     assert columns.count() == 3
     for place in range(3):

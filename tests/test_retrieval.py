@@ -502,4 +502,4 @@ def test_personal_data_is_counted_or_masked_before_anything_is_written(tmp_path)
     assert number not in text and phone not in text and "王小明" not in text and "[电话]" in text and "肺炎" in text
     again, _ = build("mask")
     assert again.unchanged == 1 and again.personal_data == report.personal_data
-    assert build("keep")[0].personal_data == {} and number in build("keep")[1]
+    assert build("off")[0].personal_data == {} and number in build("off")[1]

@@ -6,8 +6,9 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 import evaluation
-from suwen.retrieval.evaluation import evaluate_retrieval, format_retrieval, gold_passages, read_questions
+from suwen.retrieval.evaluation import evaluate_retrieval, gold_passages, read_questions
 from suwen.retrieval.index import build_index
+from suwen.retrieval.report import format_retrieval
 from suwen.retrieval.search import KnowledgeBase
 from template import TEMPLATES
 
@@ -66,7 +67,33 @@ def test_conditions_stand_side_by_side_and_count_as_by_hand(index, questions, tm
     precision = {name: scores["citation precision"] for name, scores in results["answers"].items()}
     assert precision["gold passage"]["value"] == 100 and precision["gold passage"]["n"] == 3
     assert precision["closed book"]["n"] == 0 and precision["wrong passage"]["value"] == 0
-    assert "recall@5" in format_retrieval(results) and "closed book" in format_retrieval(results)
+    within = {name: scores["answer in passages"]["value"] for name, scores in results["answers"].items()}
+    assert within == {"closed book": 0, "retrieved": 100, "gold passage": 100, "wrong passage": 0}
+    changes = [(row["first"], row["second"], row["gained"], row["lost"], row["p"]) for row in results["compared"]]
+    assert changes == [  # of three questions; three coins on one side: 2 / 8
+        ("closed book", "retrieved", 3, 0, 0.25),
+        ("retrieved", "gold passage", 0, 0, 1),
+        ("closed book", "wrong passage", 0, 0, 1),
+    ]
+    assert results["compared"][0]["p_holm"] == 0.75 and results["compared"][0]["verdict"] == "same"
+    assert "recall@5" in format_retrieval(results) and "closed book -> retrieved" in format_retrieval(results)
+    page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "closed book → retrieved" in page and "http" not in page
+
+
+def test_the_page_of_retrieval_shows_what_went_wrong_and_nothing_runs_in_it(index, questions, tmp_path):
+    def liar(conversations, max_new_tokens):
+        for index, messages in conversations.items():
+            yield (
+                index,
+                {"response": "<script>菠菜</script>" if "</资料>" not in messages[-1]["content"] else "豆腐[9]"},
+            )
+
+    results = evaluate_retrieval(KnowledgeBase(index), read_questions(questions), liar, 32, tmp_path, {"model": "liar"})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "right closed book, wrong with passages: 1 question<" in page and "豆腐[9]" in page
+    assert "<script>" not in page and "&lt;script&gt;菠菜" in page
+    assert results["answers"]["retrieved"]["citation precision"]["value"] == 0
 
 
 def test_an_evaluation_that_was_cut_off_asks_only_what_is_left(index, questions, tmp_path, capsys):
@@ -98,6 +125,17 @@ def test_an_evaluation_that_was_cut_off_asks_only_what_is_left(index, questions,
     evaluate_retrieval(knowledge, asked, counting, 32, folder, {"model": "another"}, "你是药师")
     assert counts[5:] == [3, 3, 3, 1] and "earlier answers moved to" in capsys.readouterr().out
     assert (folder / "answers" / "earlier-1" / "closed_book.jsonl").is_file()
+
+
+def test_questions_without_answers_score_retrieval_alone(index, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "布洛芬何时禁用？", "document": "布洛芬"}\n', encoding="utf-8")
+    results = evaluate_retrieval(
+        KnowledgeBase(index), read_questions(str(file)), reader, 32, tmp_path / "eval", {"model": "reader"}
+    )
+    assert results["retrieval"]["recall@1"]["value"] == 100 and results["compared"] == []
+    for shown in (format_retrieval(results), (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")):
+        assert "only retrieval is scored" in shown and "closed book" not in shown
 
 
 @pytest.mark.parametrize(

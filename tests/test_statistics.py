@@ -111,6 +111,11 @@ def test_a_verdict_knows_scores_where_less_is_more():
     assert statistics.verdict(-1.0, 0.2, lower_is_better=True) == "same"
 
 
+def test_a_difference_that_a_table_shows_as_nothing_is_none():
+    assert statistics.verdict(0.004, 0.0001) == "same"
+    assert statistics.verdict(0.006, 0.0001) == "better"
+
+
 def test_the_smallest_difference_that_a_set_shows():
     # facts: 1.5 points at 6,811 items, 4.0 at 1,000, 7.2 at 300
     found = [round(100 * statistics.smallest_difference(n), 1) for n in (6811, 1000, 300)]

@@ -38,9 +38,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--passage_prefix", default="", metavar="TEXT", help="and before a passage")
     parser.add_argument(
         "--pii",
-        choices=("keep", "report", "mask"),
-        default="keep",
-        help="personal data (IDs, telephone numbers, names behind labels ...): count it, or mask it (default: keep)",
+        choices=("off", "report", "mask"),
+        default="off",
+        help="personal data (IDs, telephone numbers, names behind labels ...): count it, or mask it (default: off)",
     )
     args = parser.parse_args(argv)
     if not 50 <= args.passage_characters <= 4000:

@@ -265,6 +265,8 @@ def build_app(api: Api, api_key: str | None = None, patience: float = 20.0) -> F
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}")
+        if first["type"] == "model_attributes_type" and len(first["loc"]) == 1:
+            return error_response(400, "the body is not a JSON object; expected one, sent as application/json")
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = first["msg"].removeprefix("Value error, ")
         return error_response(400, f"{place}: {message}" if place else message, param=place or None)

@@ -39,7 +39,7 @@ class Round:
 
 
 def asker(page: Page) -> Any:
-    """The function behind the button: a generator of (round, referral, vote row, tally, 4 x (title, answer, time))."""
+    """The function behind the button: a generator of what `round_view` shows."""
 
     def ask(
         request: gr.Request, question: str, chosen: list[str], blind: bool, system_prompt: str, *values: Any
@@ -83,7 +83,10 @@ def asker(page: Page) -> Any:
 
 
 def round_view(page: Page, now: Round, language: Language, warning: str, running: str = "") -> tuple[Any, ...]:
-    """What the tab shows of a round: the state, the referral, the buttons, the tally, and its columns."""
+    """What the tab shows of a round: the state, the referral, the buttons, the tally, and its columns.
+
+    There is something to stop only while models answer.
+    """
     columns: list[Any] = []
     for place, letter in enumerate(LETTERS):
         if place >= len(now.names):
@@ -97,7 +100,8 @@ def round_view(page: Page, now: Round, language: Language, warning: str, running
     voting = now.complete and not now.voted
     buttons = [gr.Button(visible=voting and place < len(now.names)) for place in range(len(LETTERS))]
     tally = tally_text(page, language) if now.voted or not now.blind else ""
-    return now, gr.Markdown(warning, visible=bool(warning)), gr.Column(visible=voting), *buttons, tally, *columns
+    above = [gr.Markdown(warning, visible=bool(warning)), gr.Button(interactive=not now.complete)]
+    return now, *above, gr.Column(visible=voting), *buttons, tally, *columns
 
 
 def voter(page: Page, place: int | None) -> Any:
@@ -142,7 +146,7 @@ def compare_tab(page: Page, controls: list[Any]) -> None:
         blind = gr.Checkbox(True, label=t("blind"))
     with gr.Row():
         start = gr.Button(t("ask"), variant="primary", elem_id="compare-ask")
-        stop = gr.Button(t("stop"), variant="stop", elem_id="compare-stop")
+        stop = gr.Button(t("stop"), variant="stop", interactive=False, elem_id="compare-stop")
     warning = gr.Markdown(visible=False, elem_classes="referral", sanitize_html=True)
     columns: list[Any] = []
     with gr.Row(elem_id="answers"):
@@ -158,12 +162,14 @@ def compare_tab(page: Page, controls: list[Any]) -> None:
             buttons = [gr.Button(letter, visible=False, elem_id=f"vote-{letter}") for letter in LETTERS]
             tie = gr.Button(t("tie"), elem_id="vote-tie")
     tally = gr.Markdown(elem_id="tally")
-    outputs = [now, warning, votes, *buttons, tally, *columns]
+    outputs = [now, warning, stop, votes, *buttons, tally, *columns]
     common: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     inputs = [question, chosen, blind, *controls]
     asked = gr.on(
         [start.click, question.submit], asker(page), inputs, outputs, concurrency_limit=page.at_once, **common
     )
-    stop.click(None, None, None, cancels=[asked], api_visibility="private")
+    stop.click(
+        lambda: gr.Button(interactive=False), None, [stop], cancels=[asked], queue=False, api_visibility="private"
+    )
     for place, button in enumerate([*buttons, tie]):
         button.click(voter(page, place if place < len(LETTERS) else None), [now], outputs, **common)

@@ -32,7 +32,8 @@ CSS = """
 .warning { color: #b45309; }
 .referral { border: 2px solid #dc2626; border-radius: 6px; padding: .5rem .8rem; }
 .candidate { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .8rem; }
-.timing { color: var(--body-text-color-subdued); font-size: .8rem; }
+.timing .prose * { color: var(--body-text-color-subdued) !important; font-size: .8rem !important; }
+#tally :is(table, th, td) { border-color: var(--border-color-primary) !important; }
 """
 
 

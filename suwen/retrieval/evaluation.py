@@ -25,10 +25,13 @@ from suwen.readers import Refusal, find_encoding, read_records
 from suwen.records import write_json
 from suwen.retrieval.grounding import check_citations, find_passages, with_passages
 from suwen.retrieval.passages import Passage
+from suwen.retrieval.report import write_retrieval_report
 from suwen.retrieval.search import CANDIDATES, KnowledgeBase
+from suwen.statistics import compare_correct, holm, verdict
 
 DEPTHS = (1, 3, 5, 10)
 CONDITIONS = ("closed book", "retrieved", "gold passage", "wrong passage")
+COMPARED = (("closed book", "retrieved"), ("retrieved", "gold passage"), ("closed book", "wrong passage"))
 DOCUMENT_KEYS = ("document", "title", "文档", "标题")
 Ask = Callable[[dict[int, list[dict]], int], Iterator[tuple[int, dict[str, Any]]]]
 
@@ -120,13 +123,16 @@ def evaluate_retrieval(
     identity: dict[str, Any],
     system_prompt: str = "",
 ) -> dict[str, Any]:
-    """Score retrieval and the answers of all conditions; writes retrieval.json and retrieval_records.jsonl.
+    """Score retrieval and the answers of all conditions.
+
+    Writes retrieval.json, retrieval_records.jsonl and report.html.
 
     Args:
         identity: what answers, as far as answers depend on it; answers of another are moved aside.
 
     Returns:
-        {"retrieval": recall at each depth and MRR, "answers": condition -> accuracy and citations}, percentages.
+        {"retrieval": recall at each depth and MRR, "answers": condition -> accuracy and citations, "compared":
+        conditions against each other, none where no question brings an answer}, percentages.
     """
     gold = gold_passages(knowledge, questions)
     records: list[dict[str, Any]] = []
@@ -140,7 +146,8 @@ def evaluate_retrieval(
         other = next((passage for passage, is_own in zip(ranked, own, strict=True) if not is_own), None)
         found = [hit.passage for hit in find_passages(knowledge, messages)]
         given = {"closed book": [], "retrieved": found, "gold passage": [right], "wrong passage": [other] * bool(other)}
-        records.append({"index": index, "question": question.text, "document": question.document, "rank": rank})
+        record = {"index": index, "question": question.text, "answers": list(question.answers)}
+        records.append(record | {"document": question.document, "rank": rank})
         for condition in CONDITIONS:
             passages: list[Passage] = given[condition]  # type: ignore[assignment]
             shown[condition, index] = passages
@@ -157,11 +164,12 @@ def evaluate_retrieval(
     for condition in CONDITIONS:
         replies = collect_answers(condition, asked[condition], ask, max_new_tokens, output_dir / "answers", identity)
         answers[condition] = score_answers(condition, replies, questions, gold, shown, records)
-    results = {"n": n, "retrieval": retrieval, "answers": answers}
+    results = {"n": n, "retrieval": retrieval, "answers": answers, "compared": compare_conditions(records)}
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "retrieval.json", results)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (output_dir / "retrieval_records.jsonl").write_text(lines, encoding="utf-8")
+    write_retrieval_report(output_dir / "report.html", results, records, identity)
     return results
 
 
@@ -214,25 +222,27 @@ def score_answers(
         broken += len(citations.unknown)
         records[index][condition] = {"response": text, "correct": correct, "cited": list(citations.cited)}
     with_answer = sum(bool(question.answers) for question in questions)
+    within = sum(any(is_named(questions[index].answers, p.text) for p in shown[condition, index]) for index in replies)
     return {
         "accuracy": rate(right, with_answer),
         "not asked": with_answer - len(replies),  # nothing relevant was found: no answer
+        "answer in passages": rate(within, with_answer),
         "citation precision": rate(precise, cited + broken),
     }
 
 
-def format_retrieval(results: dict[str, Any]) -> str:
-    found = results["retrieval"]
-    lines = [f"retrieval, {results['n']} questions"]
-    lines += [
-        f"  {name:12} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
-        for name, score in found.items()
-        if isinstance(score, dict)
-    ]
-    lines += [f"  MRR          {found['MRR']:.3f}", f"  nothing relevant enough for {found['given nothing']} questions"]
-    for condition, scores in results["answers"].items():
-        accuracy, citations = scores["accuracy"], scores["citation precision"]
-        hold = f"{citations['value']:.1f} % of {citations['n']} citations hold" if citations["n"] else "nothing cited"
-        right = f"{accuracy['value']:5.1f} % [{accuracy['low']:.1f}, {accuracy['high']:.1f}] right"
-        lines.append(f"  {condition:13} {right}; {hold}; {scores['not asked']} not asked")
-    return "\n".join(lines)
+def compare_conditions(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What passages change, on the questions that bring an answer; one that was not asked is not right."""
+    answered = [record for record in records if record["answers"]]
+    rows: list[dict[str, Any]] = []
+    for first, second in COMPARED if answered else ():
+        a, b = ([bool(record.get(name, {}).get("correct")) for record in answered] for name in (first, second))
+        difference = compare_correct(a, b)
+        value, low, high = (100 * x for x in difference[:3])
+        gained = sum(y and not x for x, y in zip(a, b, strict=True))
+        lost = sum(x and not y for x, y in zip(a, b, strict=True))
+        rows.append({"first": first, "second": second, "difference": value, "low": low, "high": high})
+        rows[-1] |= {"gained": gained, "lost": lost, "p": difference.p}
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row |= {"p_holm": corrected, "verdict": verdict(row["difference"], corrected)}
+    return rows

@@ -45,7 +45,7 @@ class BuildReport:
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     refusals: list[str] = field(default_factory=list)  # messages
     flagged: Counter[str] = field(default_factory=Counter)  # passages, by reason
-    pii: str = "keep"
+    pii: str = "off"
     personal_data: Counter[str] = field(default_factory=Counter)  # found (and masked), by kind
 
     def lines(self) -> list[str]:
@@ -59,7 +59,7 @@ class BuildReport:
         lines += [f"left out: {count} × {reason}" for reason, count in self.refused.most_common()]
         lines += [f"  {message}" for message in self.refusals[:10]]
         lines += [f"flagged: {count} passages with {reason}" for reason, count in self.flagged.most_common()]
-        if self.pii != "keep":
+        if self.pii != "off":
             done = "masked" if self.pii == "mask" else "found and left as it is"
             kinds = ", ".join(f"{count} × {kind}" for kind, count in self.personal_data.most_common()) or "none"
             lines.append(f"personal data, {done}: {kinds}")
@@ -72,7 +72,7 @@ def build_index(
     passage_characters: int = 400,
     embed: Any = None,
     progress: bool = False,
-    pii: str = "keep",
+    pii: str = "off",
 ) -> BuildReport:
     """Index the documents behind files, folders or globs into `output_dir`.
 
@@ -140,7 +140,7 @@ def _build(
                 found: Iterator[Passage] = (store[row] for row in range(first, first + count))
             else:
                 sections = _sections(file, name, refused)
-                if pii != "keep":
+                if pii != "off":
                     sections = _without_personal_data(sections, pii == "mask", personal)
                 found = cut_passages(sections, passage_characters)
             for passage in found:
