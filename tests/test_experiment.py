@@ -93,6 +93,7 @@ def test_ppo_learns_from_the_reward_model_and_goes_on_from_sft(planned):
     rm, ppo = commands[2], commands[3]
     assert rm[0]["MODEL"] == ppo[0]["MODEL"] == "outputs/pipeline/seed-1/sft"
     assert flag_of(ppo[1], "--reward") == "model:outputs/pipeline/seed-1/rm=1.0" and "--eval_tasks" not in rm[1]
+    assert flag_of(ppo[1], "--eval_tasks") == "injection"
 
 
 def test_ablations_reach_the_data_and_the_stages(planned):

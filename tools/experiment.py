@@ -134,10 +134,10 @@ class Experiment:
 
     def stage_flags(self, stage: str) -> list[str]:
         flags = training_flags(self.args, stage)
-        if stage == "ppo":
-            return [*flags, "--reward", f"model:{self.folder / 'rm'}=1.0"]
         if stage == "rm":
             return flags
+        if stage == "ppo":
+            flags += ["--reward", f"model:{self.folder / 'rm'}=1.0"]
         tests = self.folder / "data" / "evaluation"
         return [*flags, "--eval_tasks", self.tasks(stage), "--eval_data_dir", str(tests)]
 
