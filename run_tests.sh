@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests; sets up the environment like the launchers, with requirements-dev.txt on top.
-#     bash run_tests.sh            lint, types, all tests but slow ones (under 15 minutes on two cores)
-#     bash run_tests.sh --fast     under a minute: no training, no second process, no set-up
+#     bash run_tests.sh            lint, types, all tests but slow ones (20 minutes on two cores)
+#     bash run_tests.sh --fast     two minutes: no training, no second process, no set-up
 #     bash run_tests.sh --all      everything
 #     bash run_tests.sh --reliability   faults injected into real runs, the long form, with a table (half an hour)
 # Further arguments go to pytest: bash run_tests.sh -k template
