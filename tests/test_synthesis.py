@@ -412,8 +412,9 @@ def test_a_models_answers_to_the_questions_of_a_build_become_pairs_of_the_next_o
     assert [pair["prompt"][0]["content"] for pair in pairs] == wrong
     card = json.loads((tmp_path / "out" / "data_card.json").read_text(encoding="utf-8"))
     assert card["refused"] == {"answer to a question of no row": 1, "no prompt and response": 1}
-    done = build("--recipe", "reading", "--own_answers", str(answers), "--output_dir", str(tmp_path / "no"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--own_answers" in done.stderr
+    for given in (("--recipe", "reading"), ("--qa", str(answers))):  # no graph whose questions could have been answered
+        done = build(*given, "--own_answers", str(answers), "--output_dir", str(tmp_path / "no"))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--own_answers" in done.stderr
 
 
 def test_scored_answers_become_pairs_with_the_gap_as_margin():

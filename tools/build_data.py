@@ -107,8 +107,9 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
         raise ValueError(f"--graph: the {given.recipe} recipe invents its graph, use --recipe graph for one of yours")
     if given.recipe in ("chimed", "qizhen") and not any(getattr(given, kind) for kind in MATERIAL):
         raise ValueError(f"--recipe {given.recipe}: no source given, expected --graph, --qa, --text or another one")
-    if given.own_answers and (given.recipe in ("chimed", "reading") or (given.recipe == "qizhen" and not given.graph)):
-        raise ValueError("--own_answers: this recipe asks no questions on a graph, expected graph, fictional or qizhen")
+    has_graph = given.recipe == "fictional" or given.graph or not any(getattr(given, kind) for kind in MATERIAL)
+    if given.own_answers and (given.recipe in ("chimed", "reading") or not has_graph):
+        raise ValueError("--own_answers: no question on a graph is asked, expected --graph, or --recipe fictional")
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir: {folder} is a file, expected a folder")
