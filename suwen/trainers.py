@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -435,7 +436,9 @@ class PairTrainer(PackedTrainer):
         return sum_by_answer(self.call(model, batch).logps, owners, num_pairs)
 
     def compute_reference(self, cache_dir: Path, key: str) -> None:
-        """Log-probabilities of all answers under the model as it is now, kept for the training; from the disk if there.
+        """Log-probabilities of answers under the model as it is now, kept for the training; from the disk if there.
+
+        Only of answers that the training will reach: with --max_steps below an epoch, those of others are NaN.
 
         Args:
             key: everything that decides them: data, model, lengths, precision.
@@ -443,14 +446,15 @@ class PairTrainer(PackedTrainer):
         for name in ("train_dataset", "eval_dataset"):
             if (packs := getattr(self, name)) is None:
                 continue
+            reached = self.reached_packs() if name == "train_dataset" else range(len(packs))
             numbers = hashlib.sha256(
-                b"".join(pack.astype(np.int64).tobytes() + b";" for pack in packs.packs)
+                b"".join(packs.packs[at].astype(np.int64).tobytes() + b";" for at in reached)
             ).hexdigest()
             file = cache_dir / f"reference-{hashlib.sha256(f'{key} {name} {numbers}'.encode()).hexdigest()[:24]}.npy"
             if file.is_file():
                 found = np.load(file, allow_pickle=False)
             else:
-                found = self.reference_logps(packs, name.removesuffix("_dataset"))
+                found = self.reference_logps(packs, reached, name.removesuffix("_dataset"))
                 if self.args.process_index == 0:
                     cache_dir.mkdir(parents=True, exist_ok=True)
                     temporary = file.with_name(f"{file.stem}.tmp.npy")
@@ -459,8 +463,16 @@ class PairTrainer(PackedTrainer):
             packs.rows = packs.rows.add_column("reference_logps", list(found.astype(np.float32)))
         self.accelerator.wait_for_everyone()
 
+    def reached_packs(self) -> Sequence[int]:
+        """Numbers of the packs that are trained, ascending."""
+        every = range(len(self.train_dataset))
+        per_step = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        if not 0 < self.args.max_steps * per_step < len(every):
+            return every
+        return sorted(islice(self._get_train_sampler(), self.args.max_steps * per_step))
+
     @torch.no_grad()
-    def reference_logps(self, packs: Packs, title: str) -> np.ndarray:
+    def reference_logps(self, packs: Packs, reached: Sequence[int], title: str) -> np.ndarray:
         """(rows, 2) log-probabilities of the better and the worse answer, in the precision of the training."""
         rank, world, device = self.args.process_index, self.args.world_size, self.args.device
         if not is_deepspeed_zero3_enabled() and not getattr(self.model, "is_quantized", False):
@@ -471,15 +483,17 @@ class PairTrainer(PackedTrainer):
         gather = gathered_module_by_module(self.model) if is_deepspeed_zero3_enabled() else nullcontext()
         with gather, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             # Ranks take turns; under ZeRO-3 all must make the same number of calls, so some repeat the last pack
-            steps = range(rank, -(-len(packs) // world) * world, world)
+            steps = range(rank, -(-len(reached) // world) * world, world)
             for number in tqdm(steps, desc=f"reference ({title})", disable=rank > 0 or self.args.disable_tqdm):
-                at = min(number, len(packs) - 1)
+                at = reached[min(number, len(reached) - 1)]
                 batch = self._prepare_inputs(self.data_collator([packs[at]]))
                 policy, _ = self.pair_logps(self.model, batch)
-                if number == at:
+                if number < len(reached):
                     found[packs.packs[at]] = torch.stack(policy, dim=1).double()
         if world > 1:
             torch.distributed.all_reduce(found)
+        if left := set(range(len(packs))) - set(reached):
+            found[np.concatenate([packs.packs[at] for at in left])] = math.nan
         return found.cpu().numpy()
 
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -207,6 +208,18 @@ def test_the_reference_is_read_from_the_disk_the_second_time(tmp_path, monkeypat
     assert first.train_dataset.rows["reference_logps"] == second.train_dataset.rows["reference_logps"]
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         train(PairTrainer, settings(tmp_path), pairs(6, seed=1))
+
+
+def test_the_reference_is_computed_of_pairs_that_max_steps_reaches_alone(tmp_path, monkeypatch):
+    few = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    part = train(PairTrainer, settings(tmp_path / "a", **few), pairs(40))
+    unknown = np.isnan(np.array(part.train_dataset.rows["reference_logps"])).any(axis=1)
+    assert len(part.train_dataset) > 4
+    assert unknown.sum() == 40 - sum(len(part.train_dataset.packs[at]) for at in part.reached_packs()) > 0
+    monkeypatch.setattr(PairTrainer, "reached_packs", lambda trainer: range(len(trainer.train_dataset)))
+    whole = train(PairTrainer, settings(tmp_path / "b", **few), pairs(40))
+    assert not np.isnan(np.array(whole.train_dataset.rows["reference_logps"])).any()
+    assert torch.equal(weights(part), weights(whole))
 
 
 @pytest.mark.parametrize("other", [{"packing": False}, {"padding": True}])
