@@ -10,10 +10,12 @@ held-out pairs (prompts that were not trained) is written to score_report.json a
 
 from suwen.arguments import RewardArguments, parse_library_flags, parse_stage_arguments, run
 
-# 1e-5 and one epoch, as more overfits: Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 3.2.2); LoRA wants ten
-# times the rate of all weights (Schulman et al. 2025, "LoRA Without Regret").
+# 1e-5, one epoch, as more overfits, and a short memory of AdamW: Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section
+# 3.2.2); LoRA wants ten times the rate of all weights (Schulman et al. 2025, "LoRA Without Regret"). Obvious faults are
+# learnt first, with large gradients; as long as AdamW remembers them, subtle ones are hardly learnt.
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
-HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", "num_train_epochs": 1}
+DEFAULTS = {"num_train_epochs": 1, "adam_beta2": 0.95}
+HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", **DEFAULTS}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,10 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         stage.say("note: margins of the pairs are left aside; --margin_scale 1 asks for them")
 
     # Model: base weights, quantised if asked, adapters on top, and a head of one score
-    defaults = {
-        "learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE,
-        "num_train_epochs": 1,
-    }
+    defaults = {"learning_rate": LORA_LEARNING_RATE if args.lora.use_peft else LEARNING_RATE, **DEFAULTS}
     config = stage.training_config(args, library, precision, defaults, data)
     if args.run.dry_run:
         return stage.dry_run(args, config, data)

@@ -35,6 +35,14 @@ def test_real_lengths_fill_the_packs():
     assert all(np.array_equal(a, b) for a, b in zip(packs, again, strict=True))
 
 
+def test_short_rows_of_one_length_do_not_share_packs_with_their_like():
+    lengths = np.repeat([40, 50, 60, 70], 500)  # as files are: one kind of row behind another
+    packs = pack_best_fit(lengths, 2048)
+    assert min(len(set(lengths[pack])) for pack in packs) == 4
+    apart = np.array([np.diff(pack).mean() for pack in packs])  # neighbours in the file would be 1 apart
+    assert apart.min() > 10
+
+
 def test_a_row_longer_than_a_pack_is_refused():
     with pytest.raises(ValueError, match="rows of 5 to 11 tokens do not fit packs of 10"):
         pack_best_fit([5, 11], 10)
