@@ -269,15 +269,27 @@ class ChatEncoder:
         thinking = bool(reasoning) if self.thinking is None else self.thinking
         prompt = self._render(messages[:-1], True, thinking)
         answer = self._answer_text(prompt, self._render(messages, False, thinking), reasoning)
-        known_text, known_ids = known
-        if known_text and self._stop_is_boundary and prompt.startswith(known_text):
-            lead = self.stop_token + prompt[len(known_text) :]
-            prompt_ids, all_ids = (ids[1:] for ids in self._tokenize([lead, lead + answer], sentinel))
-        else:
-            known_ids = []
-            prompt_ids, all_ids = self._tokenize([prompt, prompt + answer], sentinel)
-        answer_ids = self._ids_behind(prompt_ids, all_ids, answer, sentinel)
-        return Turn(known_ids + prompt_ids, answer_ids, prompt + answer)
+        prompt_ids, [answer_ids] = self._encode_behind(prompt, [answer], sentinel, known)
+        return Turn(prompt_ids, answer_ids, prompt + answer)
+
+    def _encode_behind(
+        self, prompt: str, answers: list[str], sentinel: str | None, known: tuple[str, list[int]] = ("", [])
+    ) -> tuple[list[int], list[list[int]]]:
+        """The ids of a prompt, and of each answer behind it. `known`: a text that perhaps begins it, and its ids.
+
+        The prompt up to its last stop token is tokenised once, the little behind that with each answer again.
+        """
+        stop = self.stop_token if self._stop_is_boundary else ""
+        have, known_ids = (len(known[0]), known[1]) if stop and prompt.startswith(known[0]) else (0, [])
+        at = prompt.rfind(stop, have) if stop else -1
+        cut = at + len(stop) if at >= 0 else have
+        leads = (stop if have else "", stop if cut else "")
+        head, rest = leads[0] + prompt[have:cut], leads[1] + prompt[cut:]
+        head_ids, rest_ids, *wholes = self._tokenize([head, rest, *(rest + answer for answer in answers)], sentinel)
+        prompt_ids = known_ids + head_ids[bool(leads[0]) :] + rest_ids[bool(leads[1]) :]
+        return prompt_ids, [
+            self._ids_behind(rest_ids, whole, answer, sentinel) for whole, answer in zip(wholes, answers, strict=True)
+        ]
 
     def _ids_behind(self, prompt_ids: list[int], all_ids: list[int], answer: str, sentinel: str | None) -> list[int]:
         """The ids of `answer` in `all_ids`, or its own where the tokenizer merges across the end of the prompt."""
@@ -406,10 +418,7 @@ class ChatEncoder:
                 self._answer_text(prompt, self._render([*history, answer], False, thinking), reasoning)
                 for answer, reasoning in zip(answers, reasonings, strict=True)
             ]
-            prompt_ids, *wholes = self._tokenize([prompt, *(prompt + text for text in texts)], sentinel)
-            return prompt_ids, [
-                self._ids_behind(prompt_ids, whole, text, sentinel) for whole, text in zip(wholes, texts, strict=True)
-            ]
+            return self._encode_behind(prompt, texts, sentinel)
 
         def fits(encoded: tuple[list[int], list[list[int]]]) -> bool:
             prompt_ids, answer_ids = encoded

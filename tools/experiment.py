@@ -52,13 +52,17 @@ ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: on
 DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"}
 EPOCHS = {"pt": 5, "sft": 3}
 EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
-DATA = "--recipe fictional --size 75 --answers value --questions 8 --pairs 6 --pair_wordings 8 --replay 0.3"
+DATA = "--recipe fictional --size 75 --answers value --questions 8 --pair_wordings 8 --replay 0.3"
+# A reward model learns from pairs alone what is right: with 6 of a fact it told 69 % of wrong values in unseen wordings of
+# the evaluation, with 60 it tells 89 %.
+PAIRS, REWARD_PAIRS = 6, 60
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
 # A question has one passage, the best that the search finds. Attention to the asked fact forms in 1.5 million tokens of
 # reading examples with one, too; with two of similar names it had hardly begun after 2.6 million.
 PASSAGES = 1
 WARM_UP = "--recipe reading --size 1600 --answers value --seed 0"
-# All weights of the tiny model are trained, by LoRA from DPO on; a model of one's own is trained by LoRA throughout.
+# All weights of the tiny model are trained, by LoRA in DPO, ORPO and PPO; a model of one's own is trained by LoRA
+# throughout.
 TINY = "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
 TINY_FLAGS = {
     # Some thirty rows a step: with five, attention to the asked fact did not form in 1.4 million tokens
@@ -68,7 +72,7 @@ TINY_FLAGS = {
     # One epoch of the default size, 17 steps, changed nothing; three of the full size, 156, cost recall in B
     "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0 --max_steps 50",
     "orpo": "--learning_rate 5e-4 --lora_dropout 0 --max_steps 50",
-    "rm": "--learning_rate 2e-3 --lora_dropout 0 --num_train_epochs 10",
+    "rm": "--learning_rate 5e-4 --use_peft False --num_train_epochs 3 --validation_split_fraction 0.1",
     "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16",
 }
 OWN_FLAGS = {
@@ -127,7 +131,9 @@ class Experiment:
     def data_command(self) -> list[str]:
         args = self.args
         passes = -(-(args.exposures or EXPOSURES[args.size]) // EPOCHS["pt"])
-        flags = f"{DATA} --passages {PASSAGES} --passes {passes} --shuffle {args.shuffle} --seed {self.seed} "
+        pairs = REWARD_PAIRS if "rm" in args.stages else PAIRS
+        flags = f"{DATA} --pairs {pairs} --passages {PASSAGES} --passes {passes} --shuffle {args.shuffle} "
+        flags += f"--seed {self.seed} "
         flags += READING if "retrieval" in args.stages else "--reading 0"
         flags += f" --wordings {args.wordings}" if args.wordings else ""
         return ["tools/build_data.py", *flags.split(), "--output_dir", str(self.folder / "data")]
