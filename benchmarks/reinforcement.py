@@ -137,7 +137,7 @@ def learn(
     else:
         flags = asked | {
             "algorithm": algorithm, "model_name_or_path": start, "max_steps": updates,
-            "eval_steps": max(1, updates // 3), "learning_rate": 1e-4, "per_device_train_batch_size": 8,
+            "eval_steps": max(1, updates // 3), "learning_rate": 5e-5, "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 8, "num_generations": 4, "kl_coef": 0.02,
         }  # fmt: skip
         run_script("ppo_training.py", output, flags, threads)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (default: 3)")
-    parser.add_argument("--updates", type=int, default=12, help="of ppo, rloo, grpo, 64 answers each (default: 12)")
+    parser.add_argument("--updates", type=int, default=20, help="of ppo, rloo, grpo, 64 answers each (default: 20)")
     parser.add_argument("--threads", type=int, default=1, help="cores (default: 1)")
     parser.add_argument("--output_dir", default="outputs/reinforcement")
     args = parser.parse_args(argv)
