@@ -36,7 +36,7 @@ ALGORITHMS = ("ppo", "rloo", "grpo", "dpo", "orpo")
 PREFERENCE_RATES = {"dpo": 1e-4, "orpo": 1e-4}  # learning rates of the two that learn from pairs
 KINDS = ("药品", "疾病", "症状")  # the first is asked for
 SIZES = {"held_out": 200, "warm_up": 1000, "train": 2000}
-WARM_UP_STEPS, WARM_UP_EVERY = 120, 5  # optimiser steps at most, and between two looks at what has been learnt
+WARM_UP_STEPS, WARM_UP_EVERY = 60, 2  # optimiser steps at most, and between two looks at what has been learnt
 # Token accuracy on held-out answers, a letter and its stop token, which is always right: 60 % of the letters
 WARMED_UP = 0.8
 LONGEST_NAME = 6  # characters, to keep prompts short

@@ -43,7 +43,7 @@ LAUNCHERS = {
     "dpo": ("run_dpo.sh", "preference"),
     "orpo": ("run_orpo.sh", "preference"),
     "rm": ("run_rm.sh", "preference"),
-    "ppo": ("run_ppo.sh", "sft/question.jsonl"),
+    "ppo": ("run_ppo.sh", "preference"),
 }
 STAGES = (*LAUNCHERS, "retrieval")
 ANSWERING = ("sft", "dpo", "orpo", "ppo")  # stages that have seen questions: only these are asked with passages
@@ -73,7 +73,8 @@ TINY_FLAGS = {
     "dpo": "--learning_rate 5e-4 --beta 0.1 --sft_weight 0.2 --lora_dropout 0 --max_steps 50",
     "orpo": "--learning_rate 5e-4 --lora_dropout 0 --max_steps 50",
     "rm": "--learning_rate 5e-4 --use_peft False --num_train_epochs 3 --validation_split_fraction 0.1",
-    "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16",
+    # Asked what the pairs ask, in their wordings: SFT's own questions it answers already
+    "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16 --max_steps 30",
 }
 OWN_FLAGS = {
     "warmup": "--learning_rate 1e-4",
