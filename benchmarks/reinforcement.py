@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo", "orpo")
 PREFERENCE_RATES = {"dpo": 1e-4, "orpo": 1e-4}  # learning rates of the two that learn from pairs
+POLICY_RATES = {"ppo": 5e-5, "rloo": 2e-4, "grpo": 2e-4}  # those without a critic take one step an update, PPO several
 KINDS = ("药品", "疾病", "症状")  # the first is asked for
 SIZES = {"held_out": 200, "warm_up": 1000, "train": 2000}
 WARM_UP_STEPS, WARM_UP_EVERY = 60, 2  # optimiser steps at most, and between two looks at what has been learnt
@@ -137,8 +138,8 @@ def learn(
     else:
         flags = asked | {
             "algorithm": algorithm, "model_name_or_path": start, "max_steps": updates,
-            "eval_steps": max(1, updates // 3), "learning_rate": 5e-5, "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 8, "num_generations": 4, "kl_coef": 0.02,
+            "eval_steps": max(1, updates // 3), "learning_rate": POLICY_RATES[algorithm],
+            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "num_generations": 4, "kl_coef": 0.02,
         }  # fmt: skip
         run_script("ppo_training.py", output, flags, threads)
         kl = json.loads((output / "run.json").read_text(encoding="utf-8"))["training"]["kl"]
