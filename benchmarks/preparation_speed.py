@@ -96,7 +96,8 @@ def make_rows(folder: Path, task: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    [given], _ = split_dataclasses(build_parser([SpeedArguments], __doc__).parse_args(argv), [SpeedArguments])
+    parsed = build_parser(__doc__ or "", SpeedArguments).parse_args(argv)
+    (given,) = split_dataclasses(parsed, SpeedArguments)
     if given.task not in SCHEMAS:
         raise ValueError(f"--task: found {given.task!r}, expected sft or pt")
     from suwen.models import load_tokenizer

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo", "orpo")
 PREFERENCE_RATES = {"dpo": 1e-4, "orpo": 1e-4}  # learning rates of the two that learn from pairs
-POLICY_RATES = {"ppo": 5e-5, "rloo": 2e-4, "grpo": 2e-4}  # those without a critic take one step an update, PPO several
+POLICY_RATES = {"ppo": 5e-5, "rloo": 2e-4, "grpo": 1e-4}  # those without a critic take one step an update, PPO several
 KINDS = ("药品", "疾病", "症状")  # the first is asked for
 SIZES = {"held_out": 200, "warm_up": 1000, "train": 2000}
 WARM_UP_STEPS, WARM_UP_EVERY = 60, 2  # optimiser steps at most, and between two looks at what has been learnt
