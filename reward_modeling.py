@@ -10,9 +10,9 @@ held-out pairs (prompts that were not trained) is written to score_report.json a
 
 from suwen.arguments import RewardArguments, parse_library_flags, parse_stage_arguments, run
 
-# 1e-5, one epoch, as more overfits, and a short memory of AdamW: Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section
-# 3.2.2); LoRA wants ten times the rate of all weights (Schulman et al. 2025, "LoRA Without Regret"). Obvious faults are
-# learnt first, with large gradients; as long as AdamW remembers them, subtle ones are hardly learnt.
+# 1e-5, one epoch, as more overfits, and a short memory of AdamW: Llama 2's (Touvron et al. 2023, arXiv:2307.09288,
+# section 3.2.2); LoRA wants ten times the rate of all weights (Schulman et al. 2025, "LoRA Without Regret"). Obvious
+# faults are learnt first, with large gradients; as long as AdamW remembers them, subtle ones are hardly learnt.
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 DEFAULTS = {"num_train_epochs": 1, "adam_beta2": 0.95}
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", **DEFAULTS}

@@ -4,9 +4,9 @@
     python benchmarks/preparation_speed.py --task pt --train_file_dir books/
 
 suwen reads, checks, hashes, splits, renders by the chat template, encodes, sketches (for the search for contamination)
-and packs by best fit, in all cores. The other side reads the same files, tokenises the messages (SFT, with labels) or the
-texts in batches (PT, joined to blocks of --max_length) by `map` with one process, and does nothing else. Both use the
-embedded model's tokenizer and start without a cache; rounds alternate, medians count. Tokens are each side's own.
+and packs by best fit, in all cores. The other side reads the same files, tokenises the messages (SFT, with labels) or
+the texts in batches (PT, joined to blocks of --max_length) by `map` with one process, and does nothing else. Both use
+the embedded model's tokenizer and start without a cache; rounds alternate, medians count. Tokens are each side's own.
 """
 
 import statistics
@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from suwen.arguments import DataArguments, build_parser, flag, run, split_dataclasses
 

@@ -42,10 +42,10 @@ class Groups(Sequence[np.ndarray]):
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     """Each row into the fullest pack that still holds it: long rows by falling length, then short ones in drawn order.
 
-    With all rows by falling length (best-fit decreasing) a pack would hold short rows of one length alone, neighbours in
-    their file: questions of one kind on one thing, and a step of training would see nothing else. Measured on pairs of 45
-    tokens in packs of 2,048: the reward model stayed at chance where it learns from mixed packs. Mixing costs at most half
-    a percent of space on lengths like real ones (benchmarks/README.md).
+    With all rows by falling length (best-fit decreasing) a pack would hold short rows of one length alone, neighbours
+    in their file: questions of one kind on one thing, and a step of training would see nothing else. Measured on pairs
+    of 45 tokens in packs of 2,048: the reward model stayed at chance where it learns from mixed packs. Mixing costs at
+    most half a percent of space on lengths like real ones (benchmarks/README.md).
 
     O(n log n) in practice: packs are found by their free space, of which there are at most `capacity` values.
 

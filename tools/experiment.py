@@ -53,8 +53,8 @@ DEFAULT_STAGES = {"default": "pt,sft,dpo", "full": "warmup,pt,sft,dpo,retrieval"
 EPOCHS = {"pt": 5, "sft": 3}
 EXPOSURES = {"default": 200, "full": 480}  # articles on each entity that pretraining sees, over all epochs
 DATA = "--recipe fictional --size 75 --answers value --questions 8 --pair_wordings 8 --replay 0.3"
-# A reward model learns from pairs alone what is right: with 6 of a fact it told 69 % of wrong values in unseen wordings of
-# the evaluation, with 60 it tells 89 %.
+# A reward model learns from pairs alone what is right: with 6 of a fact it told 69 % of wrong values in unseen wordings
+# of the evaluation, with 60 it tells 89 %.
 PAIRS, REWARD_PAIRS = 6, 60
 READING = "--reading 0.3 --reading_text 0.1"  # with retrieval
 # A question has one passage, the best that the search finds. Attention to the asked fact forms in 1.5 million tokens of
