@@ -85,7 +85,8 @@ def asker(page: Page) -> Any:
 def round_view(page: Page, now: Round, language: Language, warning: str, running: str = "") -> tuple[Any, ...]:
     """What the tab shows of a round: the state, the referral, the buttons, the tally, and its columns.
 
-    There is something to stop only while models answer.
+    There is something to stop only while models answer. Pieces of an answer leave the stop button as it is: one that is
+    on its way when it is pressed would light it again.
     """
     columns: list[Any] = []
     for place, letter in enumerate(LETTERS):
@@ -100,7 +101,8 @@ def round_view(page: Page, now: Round, language: Language, warning: str, running
     voting = now.complete and not now.voted
     buttons = [gr.Button(visible=voting and place < len(now.names)) for place in range(len(LETTERS))]
     tally = tally_text(page, language) if now.voted or not now.blind else ""
-    above = [gr.Markdown(warning, visible=bool(warning)), gr.Button(interactive=not now.complete)]
+    stop = gr.skip() if running else gr.Button(interactive=not now.complete)
+    above = [gr.Markdown(warning, visible=bool(warning)), stop]
     return now, *above, gr.Column(visible=voting), *buttons, tally, *columns
 
 
