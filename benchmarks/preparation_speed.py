@@ -99,13 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     (given,) = split_dataclasses(parsed, SpeedArguments)
     if given.task not in SCHEMAS:
         raise ValueError(f"--task: found {given.task!r}, expected sft or pt")
+    from suwen.embedded import build_embedded_model
     from suwen.models import load_tokenizer
 
     contenders: dict[str, Callable[..., int]] = {"suwen": ours, "datasets.map, one process": by_map}
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.train_file_dir or make_rows(Path(scratch) / "rows", given.task)
-        tokenizer = load_tokenizer("embedded", "auto")
+        tokenizer = load_tokenizer(str(build_embedded_model()), "auto")
         for number in range(given.rounds):
             for name, prepare in contenders.items():
                 began = time.monotonic()
