@@ -2,6 +2,7 @@
 
     python -m benchmarks.reinforcement                # three seeds each, with their curves in outputs/reinforcement
     python -m benchmarks.reinforcement --algorithms grpo --seeds 1 --updates 8
+    python -m benchmarks.reinforcement --reward model --algorithms ppo rloo grpo
 
 The questions are made of the names in data/kg: "哪一项是药品？" with the names of a drug, a disease and a symptom, in
 random order. They are easy on purpose: the embedded model knows nothing, and has to find out in minutes on one core
@@ -13,6 +14,9 @@ PPO, RLOO and GRPO learn from the exam key alone, without ever being shown an an
 right letter and a wrong one. Measured on the held-out questions, by the likeliest answers: accuracy before and after,
 its difference with the exact McNemar test on the same questions, beside the best constant letter, and the KL to the
 start of those that are held to it by one. It says that the algorithms work, not that a model knows medicine.
+
+With `--reward model` the key is never seen either: a reward model is trained on those pairs, for each seed its own, and
+the policy on its scores. Then its score of the held-out answers is measured, too, with a paired bootstrap.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo", "orpo")
 PREFERENCE_RATES = {"dpo": 1e-4, "orpo": 1e-4}  # learning rates of the two that learn from pairs
 POLICY_RATES = {"ppo": 5e-5, "rloo": 2e-4, "grpo": 1e-4}  # those without a critic take one step an update, PPO several
+REWARD_MODEL = {"learning_rate": 5e-4, "num_train_epochs": 2, "use_peft": False, "validation_split_fraction": 0.1}
 KINDS = ("药品", "疾病", "症状")  # the first is asked for
 SIZES = {"held_out": 200, "warm_up": 1000, "train": 2000}
 WARM_UP_STEPS, WARM_UP_EVERY = 60, 2  # optimiser steps at most, and between two looks at what has been learnt
@@ -114,13 +119,21 @@ def warm_up(files: dict[str, Path], output: Path, threads: int) -> Path:
 
 
 def learn(
-    algorithm: str, seed: int, updates: int, start: Path, files: dict[str, Path], output: Path, threads: int
+    algorithm: str,
+    seed: int,
+    updates: int,
+    start: Path,
+    files: dict[str, Path],
+    output: Path,
+    reward: str,
+    threads: int,
 ) -> dict[str, Any]:
-    """One run; correctness of each held-out question before and after, and what run.json says."""
+    """One run; what each held-out answer was worth before and after, and what run.json says."""
     began = time.monotonic()
     asked = {
-        "train_file_dir": files["train"], "validation_file_dir": files["held_out"], "reward": "exam=1.0",
-        "max_new_tokens": 4, "generation_batch_size": 128, "seed": seed, "resume": "never",
+        "train_file_dir": files["train"], "validation_file_dir": files["held_out"], "reward": reward,
+        "held_out_reward": "exam=1.0", "max_new_tokens": 4, "generation_batch_size": 128, "seed": seed,
+        "resume": "never",
     }  # fmt: skip
     kl = None
     if algorithm in PREFERENCE_RATES:
@@ -130,11 +143,11 @@ def learn(
             "validation_split_fraction": 0.02, "seed": seed, "resume": "never",
         }  # fmt: skip
         run_script(f"{algorithm}_training.py", output, flags, threads)
-        correct = []
+        answers = []
         for model in (start, output):
             folder = output.with_name(f"{output.name}-{'before' if model is start else 'after'}")
             run_script("ppo_training.py", folder, asked | {"model_name_or_path": model, "do_eval": True}, threads)
-            correct.append(read_correct(folder)[0])
+            answers.append(read_scores(folder)[0])
     else:
         flags = asked | {
             "algorithm": algorithm, "model_name_or_path": start, "max_steps": updates,
@@ -143,19 +156,28 @@ def learn(
         }  # fmt: skip
         run_script("ppo_training.py", output, flags, threads)
         kl = json.loads((output / "run.json").read_text(encoding="utf-8"))["training"]["kl"]
-        steps = read_correct(output)
-        correct = [steps[0], steps[max(steps)]]
+        steps = read_scores(output)
+        answers = [steps[0], steps[max(steps)]]
     seconds = time.monotonic() - began
-    return {"before": correct[0], "after": correct[1], "kl": kl, "seconds": seconds}
+    return {"before": answers[0], "after": answers[1], "kl": kl, "seconds": seconds}
 
 
-def read_correct(output: Path) -> dict[int, list[bool]]:
-    """Whether each held-out question was answered rightly, for each step at which they were asked."""
+def read_scores(output: Path) -> dict[int, list[tuple[bool, float]]]:
+    """For each step at which the held-out questions were asked: was an answer right, and what did the reward say?"""
     lines = (output / "held_out_answers.jsonl").read_text(encoding="utf-8").splitlines()
-    correct: dict[int, list[bool]] = {}
+    found: dict[int, list[tuple[bool, float]]] = {}
     for answer in map(json.loads, lines):
-        correct.setdefault(answer["step"], []).append(answer["score"] > 0.5)
-    return correct
+        found.setdefault(answer["step"], []).append((answer["scores"]["exam"] > 0.5, answer["score"]))
+    return found
+
+
+def train_reward_model(seed: int, start: Path, files: dict[str, Path], folder: Path, threads: int) -> str:
+    """A reward model of the pairs, as a reward."""
+    output = folder / f"rm-{seed}"
+    flags = REWARD_MODEL | {"model_name_or_path": start, "train_file_dir": files["pairs"], "seed": seed}
+    flags |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "resume": "never"}
+    run_script("reward_modeling.py", output, flags, threads)
+    return f"model:{output}=1.0"
 
 
 def constant_letter(file: Path) -> float:
@@ -168,37 +190,49 @@ def constant_letter(file: Path) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--reward", choices=("exam", "model"), default="exam", help="the key, or a model (exam)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (default: 3)")
     parser.add_argument("--updates", type=int, default=20, help="of ppo, rloo, grpo, 64 answers each (default: 20)")
     parser.add_argument("--threads", type=int, default=1, help="cores (default: 1)")
     parser.add_argument("--output_dir", default="outputs/reinforcement")
     args = parser.parse_args(argv)
-    from suwen.statistics import compare_correct
+    import numpy as np
+
+    from suwen.statistics import compare_correct, compare_scores
 
     folder = Path(args.output_dir)
     files = write_questions(folder / "questions")
     start = warm_up(files, folder / "warm_up", args.threads)
     floor = constant_letter(files["held_out"])
     print(f"held out: {SIZES['held_out']} questions; the best constant letter is right in {floor:.1%}\n")
-    print("| algorithm | seed | before | after | difference (95 %) | p (McNemar) | KL, nats an answer | seconds |")
-    print("|---|---:|---:|---:|---|---:|---:|---:|", flush=True)
+    by_model = args.reward == "model"
+    rewards = dict.fromkeys(range(1, args.seeds + 1), "exam=1.0")
+    if by_model:
+        rewards = {seed: train_reward_model(seed, start, files, folder, args.threads) for seed in rewards}
+    more = (
+        (" score before | after | difference (95 %) | p (bootstrap) |", "---:|---:|---|---|") if by_model else ("", "")
+    )
+    print("| algorithm | seed | before | after | difference (95 %) | p (McNemar) | KL, nats an answer |" + more[0])
+    print("|---|---:|---:|---:|---|---|---:|" + more[1], flush=True)
     results = []
     for algorithm in args.algorithms:
-        for seed in range(1, args.seeds + 1):
+        for seed, reward in rewards.items():
             output = folder / f"{algorithm}-{seed}"
-            found = learn(algorithm, seed, args.updates, start, files, output, args.threads)
-            test = compare_correct(found["before"], found["after"])
-            before, after = (sum(found[name]) / len(found[name]) for name in ("before", "after"))
-            kl = "" if found["kl"] is None else f"{found['kl']:.2f}"
-            print(
-                f"| {algorithm} | {seed} | {before:.1%} | {after:.1%} | {test.value:+.1%} ({test.low:+.1%} to"
-                f" {test.high:+.1%}) | {test.p:.1e} | {kl} | {found['seconds']:.0f} |",
-                flush=True,
-            )
-            results.append(
-                {"algorithm": algorithm, "seed": seed, "before": before, "after": after, "constant_letter": floor}
-                | {"p": test.p, "kl": found["kl"], "seconds": found["seconds"]}
-            )
+            found = learn(algorithm, seed, args.updates, start, files, output, reward, args.threads)
+            before, after = (np.array(found[name], dtype=float) for name in ("before", "after"))
+            right = compare_correct(before[:, 0] > 0, after[:, 0] > 0)
+            entry = {"algorithm": algorithm, "seed": seed, "constant_letter": floor, "kl": found["kl"]}
+            entry |= {"before": before[:, 0].mean(), "after": after[:, 0].mean(), "p": right.p}
+            line = f"| {algorithm} | {seed} | {entry['before']:.1%} | {entry['after']:.1%} | {right.value:+.1%}"
+            line += f" ({right.low:+.1%} to {right.high:+.1%}) | {right.p:.1e} |"
+            line += " |" if found["kl"] is None else f" {found['kl']:.2f} |"
+            if by_model:
+                score = compare_scores(before[:, 1:], after[:, 1:])
+                entry |= {"score_before": before[:, 1].mean(), "score_after": after[:, 1].mean(), "score_p": score.p}
+                line += f" {entry['score_before']:.2f} | {entry['score_after']:.2f} | {score.value:+.2f}"
+                line += f" ({score.low:+.2f} to {score.high:+.2f}) | {score.p:.1e} |"
+            print(line, flush=True)
+            results.append(entry | {"seconds": found["seconds"]})
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\ncurves: {folder}/*/training_curves.png")
 

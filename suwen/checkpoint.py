@@ -28,6 +28,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 MANIFEST, UNFINISHED = "MANIFEST.json", ".unfinished"
+# What a finished run leaves of a model or an adapter, and says of it
+RESULT = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "run.json")
 HASHING_THREADS = 4  # hashlib leaves Python's lock, and one file is flushed while another is hashed
 SPARE_SPACE = 1.05  # of what a checkpoint is expected to take
 
@@ -279,7 +281,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def set_aside(paths: Sequence[Path], output_dir: Path, label: str) -> Path:
-    """Move checkpoints out of the way, into a folder of their own; nothing is deleted."""
+    """Move checkpoints or files out of the way, into a folder of their own; nothing is deleted."""
     name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     target, number = output_dir / name, 1
     while target.exists():
@@ -295,8 +297,8 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
     """The checkpoint to go on from, verified, and the lines that say what was found; for one process to call.
 
     Args:
-        resume: auto (newest that verifies; damaged ones before it are set aside), never (all are set aside), or a
-            checkpoint folder below `output_dir` (later ones are set aside).
+        resume: auto (newest that verifies; damaged ones before it are set aside), never (all are set aside, and the
+            result of the earlier run with them), or a checkpoint folder below `output_dir` (later ones are set aside).
 
     Raises:
         ValueError: the folder given is no whole checkpoint, or is not of this run's own.
@@ -304,9 +306,10 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
     lines = [f"{name}: its save was cut short, removed" for name in remove_unfinished(output_dir)]
     checkpoints = list_checkpoints(output_dir)
     if resume == "never":
-        if checkpoints:
-            moved = set_aside(checkpoints, output_dir, "earlier")
-            lines.append(f"--resume never: checkpoints of the earlier run moved to {moved}")
+        # weights of both runs would be taken for one model, where only one of them is an adapter
+        if earlier := checkpoints + sorted(path for name in RESULT for path in output_dir.glob(name)):
+            moved = set_aside(earlier, output_dir, "earlier")
+            lines.append(f"--resume never: checkpoints and weights of the earlier run moved to {moved}")
         return None, lines
     if resume == "auto":
         damaged = []

@@ -21,6 +21,8 @@ from transformers.utils import ModelOutput
 from suwen.experts import RouterWatch
 
 CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in float32
+# On a CPU fewer, which stay in its cache, but rows enough for a product to be worth reading the weights of the head
+CPU_CHUNK_ELEMENTS, CPU_CHUNK_ROWS = 2**20, 128
 
 
 @dataclass
@@ -140,8 +142,14 @@ def logit_settings(config: Any) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def chunks(count: int, vocabulary: int) -> Iterator[slice]:
+def chunk_rows(vocabulary: int, on_cpu: bool) -> int:
+    """Rows of logits that are held at once."""
     size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return min(size, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocabulary)) if on_cpu else size
+
+
+def chunks(count: int, vocabulary: int, on_cpu: bool = False) -> Iterator[slice]:
+    size = chunk_rows(vocabulary, on_cpu)
     return (slice(at, at + size) for at in range(0, count, size))
 
 
@@ -176,13 +184,15 @@ class TokenLogps(torch.autograd.Function):
         correct = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
         trained = ctx.needs_input_grad[1]
         slopes = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] and not trained else None
-        for part in chunks(len(labels), len(weight)):
+        for part in chunks(len(labels), len(weight), hidden.device.type == "cpu"):
             logits = settle(torch.nn.functional.linear(hidden[part].to(dtype), matrix, offset), scale, softcap)
-            logps[part] = logits.gather(1, labels[part, None])[:, 0] - logits.logsumexp(1)
             correct[part] = logits.argmax(1) == labels[part]
+            inner = slope_of_settling(logits, scale, softcap) if slopes is not None else None
+            torch.log_softmax(logits, 1, out=logits)
+            logps[part] = logits.gather(1, labels[part, None])[:, 0]
             if slopes is not None:
-                slopes[part] = slope_of_logits(logits, labels[part], scale, softcap).to(dtype) @ matrix
-            del logits  # before the next chunk's are made
+                slopes[part] = slope_of_logits(logits, labels[part], inner).to(dtype) @ matrix
+            del logits, inner  # before the next chunk's are made
         if trained:
             ctx.save_for_backward(hidden, weight, bias, labels)
         else:
@@ -204,10 +214,12 @@ class TokenLogps(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight)
         d_bias = torch.zeros_like(bias) if bias is not None else None
-        for part in chunks(len(labels), len(weight)):
+        for part in chunks(len(labels), len(weight), hidden.device.type == "cpu"):
             rows = hidden[part].to(dtype)
             logits = settle(torch.nn.functional.linear(rows, matrix, offset), scale, softcap)
-            slope = (slope_of_logits(logits, labels[part], scale, softcap) * gradient[part, None]).to(dtype)
+            inner = slope_of_settling(logits, scale, softcap)
+            torch.log_softmax(logits, 1, out=logits)
+            slope = slope_of_logits(logits, labels[part], inner).mul_(gradient[part, None]).to(dtype)
             d_hidden[part] = (slope @ matrix).to(hidden.dtype)
             if d_weight.dtype == dtype:
                 d_weight.addmm_(slope.T, rows)
@@ -215,18 +227,20 @@ class TokenLogps(torch.autograd.Function):
                 d_weight += slope.T @ rows
             if d_bias is not None:
                 d_bias += slope.sum(0).to(d_bias.dtype)
-            del logits, slope
+            del logits, inner, slope
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def slope_of_logits(logits: torch.Tensor, labels: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Gradient (N, V) of each log-probability with respect to the head's own output; overwrites settled logits."""
-    inner = scale * (1 - (logits / softcap) ** 2) if softcap else None
-    slope = torch.softmax(logits, 1, out=logits).neg_()
+def slope_of_settling(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor | float:
+    """Gradient of settled logits with respect to the head's own output."""
+    return scale * (1 - (logits / softcap) ** 2) if softcap else scale
+
+
+def slope_of_logits(logps: torch.Tensor, labels: torch.Tensor, inner: torch.Tensor | float | None) -> torch.Tensor:
+    """Gradient (N, V) of each label's log-probability with respect to the head's own output; overwrites `logps`."""
+    slope = logps.exp_().neg_()
     slope[torch.arange(len(labels), device=labels.device), labels] += 1
-    if inner is not None:
-        return slope * inner
-    return slope.mul_(scale) if scale != 1.0 else slope
+    return slope if isinstance(inner, float) and inner == 1.0 else slope.mul_(inner)
 
 
 def score_by_module(

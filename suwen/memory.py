@@ -31,9 +31,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from suwen.head import CHUNK_ELEMENTS
+from suwen.attention import SHORT
+from suwen.head import chunk_rows
 
-HEAD_COPIES = 2  # of a chunk of logits, in float32: itself, and its exponentials or its slopes
+HEAD_COPIES = 1  # of a chunk of logits, in float32: log-probabilities and slopes take their place
 DRAWING_COPIES = 3  # of the next tokens' logits: themselves, as they are filtered, their probabilities
 POLICY_HEAD_COPIES = 6  # in PPO also the entropy's, and what autograd keeps of them
 PAIRED = ("dpo", "orpo", "rm")  # stages whose rows are pairs of answers
@@ -127,6 +128,7 @@ class Shape:
     lora_features: int  # sum of inputs and outputs of all adapted matrices: times the rank
     layers: int
     hidden: int
+    heads: int
     query: int
     key_value: int
     inner: int  # width of the MLP that one token passes
@@ -186,6 +188,7 @@ def shape_of(config: Any, target_modules: str = "all") -> Shape:
         lora_features=sum(sum(m.weight.shape) for m in adapted),
         layers=len(stacked),
         hidden=text.hidden_size,
+        heads=heads,
         query=size * heads,
         key_value=key_value,
         inner=inner,
@@ -200,19 +203,19 @@ def layer_bytes_per_token(shape: Shape, setting: Setting) -> int:
 
     - norms: their float32 input, twice h; with trained weights also the normalised input, twice h;
     - inputs of the projections: trained in float32 one for q, k, v and one for gate, up (2h); under autocast a copy for
-      each of the five (5h e); with LoRA's dropout each of the seven has its own result (e) and mask (1 byte on a GPU, a
-      float32 on a CPU);
-    - attention: q, k, v and its result, e (2q + 2k);
+      each of the five (5h e); with LoRA one for q, k, v, one for the output, one for gate, up and one for the last, e,
+      and with its dropout a mask for each of the seven (1 byte on a GPU, e on a CPU);
+    - attention: q, k, v and its result, e (2q + 2k); of short segments in bfloat16 on a CPU also the probabilities;
     - the gated MLP: gate, its activation, up and, where the last projection is trained or adapted, their product.
     """
     h, q, k, f, e = shape.hidden, shape.query, shape.key_value, shape.inner, setting.compute_bytes
-    inputs = 5 * h + q + f
     saved = 4 * 2 * h + e * (2 * q + 2 * k) + e * 3 * f
+    if setting.device == "cpu" and setting.precision == "bf16":
+        saved += e * shape.heads * min(SHORT, setting.row_tokens or setting.tokens)
     if not setting.use_peft:
         return saved + 4 * 2 * h + (4 * 2 * h if e == 4 else e * 5 * h) + e * f
-    if setting.lora_dropout:
-        return saved + inputs * (e + (1 if setting.device == "cuda" else 4))
-    return saved + (4 * 2 * h if e == 4 else e * 5 * h) + e * f
+    mask = 0 if not setting.lora_dropout else 1 if setting.device == "cuda" else e
+    return saved + e * (2 * h + q + f) + mask * (5 * h + q + f)
 
 
 @dataclass
@@ -283,8 +286,9 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
         copies = 0.0
     stored = shape.layers * (residual if setting.gradient_checkpointing else layer)
     head = head_bytes(shape, setting)
-    # Gradients that flow through the widest place of a layer while it is worked back
-    flowing = tokens * (3 * shape.inner * e + 2 * shape.hidden * 4)
+    # Gradients that flow through the widest place of a layer while it is worked back; where LoRA's third one comes, the
+    # input of the last projection is gone
+    flowing = tokens * ((2 if setting.use_peft else 3) * shape.inner * e + 2 * shape.hidden * 4)
     dequantised = shape.largest * e if setting.quantization != "none" else 0.0
 
     during = gradients if kept else 0.0
@@ -351,9 +355,8 @@ def head_bytes(shape: Shape, setting: Setting) -> float:
         return setting.sequence_tokens * shape.hidden * (4.0 if setting.use_peft else 8.0)
     scored, e = setting.sequence_tokens * setting.trained_share, setting.compute_bytes
     copies = POLICY_HEAD_COPIES if setting.stage == "ppo" else HEAD_COPIES
-    rows = min(scored, max(1, CHUNK_ELEMENTS // shape.vocabulary))
-    # A trained head's slopes are rounded beside their float32; a frozen head's overwrite its logits.
-    rounded = e if e == 2 and (setting.stage == "ppo" or not setting.use_peft) else 0
+    rows = min(scored, chunk_rows(shape.vocabulary, setting.device == "cpu" and setting.stage != "ppo"))
+    rounded = e if e == 2 else 0  # the head's own output, and later the slopes for its products
     chunk = rows * shape.vocabulary * (copies * 4 + rounded)
     hidden = 3 * scored * shape.hidden * e
     last_norm = setting.sequence_tokens * shape.hidden * (4 if setting.use_peft else 8)

@@ -240,7 +240,7 @@ PHRASINGS = {
         ),
         held_out_reverse_questions=("{v}提示什么疾病？", "以{v}为表现的病有哪些？"),
         reverse_answers=("可能是{e}，应及时就医确诊。", "常见于{e}，要由医生检查后确诊。", "要想到{e}，请及时就医。"),
-        exam_stems=("{e}的典型症状是", "下列属于{e}临床表现的是", "{e}患者最常出现的是"),
+        exam_stems=("{e}的典型症状是", "下列属于{e}临床表现的是", "{e}患者可出现的症状是"),
         held_out_exam_stems=("下列症状中，与{e}相符的是",),
     ),
     "cause": Phrasings(

@@ -31,6 +31,7 @@ from suwen.batches import pack_rows, pad_rows
 from suwen.generation_settings import GenerationSettings
 from suwen.head import count_chunks
 from suwen.interruption import StopSignals
+from suwen.lora import fuse_lora
 from suwen.models import without_adapter, without_dropout
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
@@ -81,6 +82,7 @@ class PolicyTrainer:
         require_answer_keys([*rewards, *held_out_rewards], train_dataset, eval_dataset)
         set_seed(args.seed)  # a new adapter begins with random numbers
         model = get_peft_model(model, peft_config) if peft_config is not None else model
+        fuse_lora(model)
         without_dropout(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -435,9 +437,11 @@ class PolicyTrainer:
         if self.held_out_rewards:
             held = self.score(samples, self.held_out_rewards)
             entry["eval_held_out_reward"] = sum(r.weight * held[r.name].mean().item() for r in self.held_out_rewards)
+            scores |= held
         entry |= {f"eval_{name}": value for name, value in describe_answers(samples).items()}
         self.last_evaluation = [
             {"step": self.step, "prompt": number, "answer": sample.answer.content, "score": score}
+            | {"scores": {name: values[number].item() for name, values in scores.items()}}
             for number, (sample, score) in enumerate(zip(samples, total.tolist(), strict=True))
         ]
         return entry | {"eval_runtime": time.monotonic() - began}

@@ -110,6 +110,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
     if not args.run.dry_run:
         make_output_dir(args.run.output_dir)
+        refuse_other_stage(Path(args.run.output_dir), args.stage)
         if main_process():
             hold(Path(args.run.output_dir))
     precision = compute_precision(library)
@@ -163,6 +164,13 @@ def make_output_dir(output_dir: str) -> None:
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir}: cannot be written to ({first_line(error)})") from None
+
+
+def refuse_other_stage(output: Path, stage: str) -> None:
+    """A folder that holds the result of another stage would hold weights of both."""
+    other = read_json(output / "run.json").get("stage", stage)
+    if other != stage:
+        raise ValueError(f"--output_dir {output}: holds a run of the stage {other}, expected one of {stage}, or none")
 
 
 def uses_deepspeed(library: dict[str, Any]) -> bool:

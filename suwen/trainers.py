@@ -27,6 +27,7 @@ from suwen.batches import PAIR_COLUMNS, collate_ends, collate_pairs, collate_row
 from suwen.checkpoint import Saves
 from suwen.interruption import StopSignals
 from suwen.lineage import read_json
+from suwen.lora import fuse_lora
 from suwen.models import without_adapter, without_dropout
 from suwen.neftune import EmbeddingNoise
 from suwen.nonfinite import NonFinite, require_finite_evaluation, require_finite_weights
@@ -97,6 +98,7 @@ class PackedTrainer(Trainer):
         """
         set_seed(args.seed)  # a new adapter or head starts from the same numbers each time
         model = get_peft_model(model, peft_config) if peft_config is not None else model
+        fuse_lora(model)
         args.remove_unused_columns = False
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}

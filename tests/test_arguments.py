@@ -1,5 +1,6 @@
 """The command line: our flags, the library's, and the names that older launchers hold."""
 
+import os
 import subprocess
 import sys
 import time
@@ -193,3 +194,13 @@ sys.path.insert(0, str(pathlib.Path(script).parent))
 sys.argv = [script, "--help"]
 runpy.run_path(script, run_name="__main__")
 """
+
+
+def test_no_package_may_fetch_native_code_for_bitsandbytes(tmp_path):
+    (tmp_path / "kernels.py").write_text("raise SystemExit('the package was imported')\n")
+    code = "import suwen, importlib.util, bitsandbytes; assert importlib.util.find_spec('kernels') is None"
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

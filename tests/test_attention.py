@@ -108,6 +108,34 @@ def test_queries_are_aligned_with_the_end_of_their_keys():
         torch.testing.assert_close(found[:, position], expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("lengths", "key_lengths"), [([70, 9, 33], [70, 9, 33]), ([12, 30], [40, 61])])
+def test_short_segments_in_bfloat16_are_as_close_to_the_exact_result_as_the_kernel(
+    lengths, key_lengths, window, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, sum(lengths)), (2, sum(key_lengths)), (2, sum(key_lengths)))  # two query heads to a key head
+    given = [torch.randn(1, heads, length, 16, generator=generator).bfloat16() for heads, length in shapes]
+    slope = torch.randn(1, sum(lengths), 4, 16, generator=generator).bfloat16()
+
+    def results(dtype):
+        tensors = [tensor.to(dtype, copy=True).requires_grad_() for tensor in given]
+        places = segments(lengths, key_lengths)
+        found, _ = attention.varlen_attention(None, *tensors, None, sliding_window=window, **places)
+        found.backward(slope.to(dtype))
+        return [found.detach(), *(tensor.grad for tensor in tensors)]
+
+    def distances(found):
+        return [((one - two).norm() / two.norm()).item() for one, two in zip(found, exact, strict=True)]
+
+    exact = results(torch.float64)
+    short = distances(results(torch.bfloat16))
+    monkeypatch.setattr(attention, "SHORT", 0)
+    kernel = distances(results(torch.bfloat16))
+    assert short != kernel  # the one was taken, and then the other
+    assert max(short) < 2 * max(kernel) < 2 * 2**-8  # the precision of bfloat16
+
+
 def test_no_mask_is_built_for_packed_rows(monkeypatch):
     model = MODELS["llama"]()
     model.set_attn_implementation(attention.NAME)

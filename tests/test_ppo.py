@@ -547,9 +547,10 @@ def warmed_up(tmp_path_factory):
 @pytest.mark.parametrize("algorithm", reinforcement_benchmark.ALGORITHMS)
 def test_the_key_of_exam_questions_teaches_what_held_out_questions_ask(algorithm, warmed_up):
     folder, files, start = warmed_up
-    found = reinforcement_benchmark.learn(algorithm, 1, 12, start, files, folder / algorithm, threads=1)
-    test = compare_correct(found["before"], found["after"])
-    accuracy = sum(found["after"]) / len(found["after"])
+    found = reinforcement_benchmark.learn(algorithm, 1, 12, start, files, folder / algorithm, "exam=1.0", threads=1)
+    before, after = ([right for right, _ in found[name]] for name in ("before", "after"))
+    test = compare_correct(before, after)
+    accuracy = sum(after) / len(after)
     assert test.value > 0 and test.p < 1e-3
     assert accuracy > reinforcement_benchmark.constant_letter(files["held_out"]) + 0.1
     assert found["kl"] is None or abs(found["kl"]) < 3  # DPO and ORPO do not measure it

@@ -241,6 +241,20 @@ def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
     assert list((tmp_path / "sft").glob("earlier-*/checkpoint-2"))
 
 
+def test_an_adapter_trained_anew_where_a_model_lay_is_not_mixed_with_it(base, tmp_path):
+    whole = run_stage("sft", base, tmp_path, "--max_steps", "1")
+    record = run_stage("sft", base, tmp_path, "--max_steps", "1", "--use_peft", "True", "--resume", "never")
+    assert record["finished"] and not (tmp_path / "sft" / "model.safetensors").exists()
+    (earlier,) = (tmp_path / "sft").glob("earlier-*")
+    assert load_file(earlier / "model.safetensors") and json.loads((earlier / "run.json").read_text()) == whole
+
+
+def test_a_folder_of_another_stage_is_refused_before_the_work(base, tmp_path):
+    run_stage("pt", base, tmp_path, "--max_steps", "1")
+    with pytest.raises(ValueError, match="--output_dir .*: holds a run of the stage pt, expected one of sft, or none"):
+        run_stage("sft", base, tmp_path, "--output_dir", str(tmp_path / "pt"), "--resume", "never")
+
+
 def test_a_finished_run_is_not_repeated(base, tmp_path, capsys):
     record = run_stage("sft", base, tmp_path, "--max_steps", "2")
     weights = (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns

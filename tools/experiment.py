@@ -63,7 +63,9 @@ PASSAGES = 1
 WARM_UP = "--recipe reading --size 1600 --answers value --seed 0"
 # All weights of the tiny model are trained, by LoRA in DPO, ORPO and PPO; a model of one's own is trained by LoRA
 # throughout.
-TINY = "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02"
+TINY = (  # float32, so that what comes out does not hang on whether the processor has bfloat16
+    "--max_length 2048 --gradient_accumulation_steps 1 --logging_steps 20 --validation_split_fraction 0.02 --bf16 False"
+)
 TINY_FLAGS = {
     # Some thirty rows a step: with five, attention to the asked fact did not form in 1.4 million tokens
     "warmup": "--learning_rate 2e-3 --use_peft False --gradient_accumulation_steps 4",
@@ -74,7 +76,8 @@ TINY_FLAGS = {
     "orpo": "--learning_rate 5e-4 --lora_dropout 0 --max_steps 50",
     "rm": "--learning_rate 5e-4 --use_peft False --num_train_epochs 3 --validation_split_fraction 0.1",
     # Asked what the pairs ask, in their wordings: SFT's own questions it answers already
-    "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16 --max_steps 30",
+    "ppo": "--learning_rate 2e-4 --lora_dropout 0 --max_new_tokens 24 --gradient_accumulation_steps 16 --max_steps 30"
+    " --validation_split_fraction 0.1",
 }
 OWN_FLAGS = {
     "warmup": "--learning_rate 1e-4",
