@@ -209,11 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     rewards = dict.fromkeys(range(1, args.seeds + 1), "exam=1.0")
     if by_model:
         rewards = {seed: train_reward_model(seed, start, files, folder, args.threads) for seed in rewards}
-    more = (
-        (" score before | after | difference (95 %) | p (bootstrap) |", "---:|---:|---|---|") if by_model else ("", "")
-    )
-    print("| algorithm | seed | before | after | difference (95 %) | p (McNemar) | KL, nats an answer |" + more[0])
-    print("|---|---:|---:|---:|---|---|---:|" + more[1], flush=True)
+    scores = (" score before | after | difference (95 %) | p (bootstrap) |", "---:|---:|---|---|")
+    head, line = scores if by_model else ("", "")
+    print("| algorithm | seed | before | after | difference (95 %) | p (McNemar) | KL, nats an answer |" + head)
+    print("|---|---:|---:|---:|---|---|---:|" + line, flush=True)
     results = []
     for algorithm in args.algorithms:
         for seed, reward in rewards.items():

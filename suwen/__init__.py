@@ -5,7 +5,8 @@ import sys
 
 __version__ = "0.1.0"
 
-# On a CPU with AVX512-BF16 bitsandbytes, as it is imported, fetches native code from the hub and runs it, if the package
-# `kernels` is installed, and says so if it is not. No code comes from the network here: for us that package is missing.
+# On a CPU with AVX512-BF16 bitsandbytes, as it is imported, fetches native code from the hub and runs it, if the
+# package `kernels` is installed, and complains if it is not. No code comes from the network here: that package is
+# missing for us, without a complaint.
 sys.modules["kernels"] = None  # type: ignore[assignment]
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -111,8 +111,8 @@ def short_attention(
 ) -> torch.Tensor:
     """(1, H, L, D) causal attention of one segment as two products over all of its heads, in bfloat16 on a CPU.
 
-    torch's own kernel there multiplies 32 queries at a time, each block a call of its own: twice to three times as long,
-    and both are within the precision of bfloat16 of the exact result.
+    torch's own kernel there multiplies 32 queries at a time, each block a call of its own, which takes two to three
+    times as long; both are within the precision of bfloat16 of the exact result.
     """
     heads, length, width = query.shape[1:]
     key_heads, key_length = key.shape[1:3]

@@ -1,8 +1,8 @@
 """LoRA's part of a layer in one step, forward and backward, in the precision of the layer.
 
-PEFT takes several passes for it: the input to float32 and back, a mask of dropout in doubles, the (T, out) product scaled
-and then added. On a CPU with fast bf16 that is about half of a training step; here it is a tenth. The arithmetic is
-PEFT's but for the precision of the input of dropout, and the mask is drawn otherwise.
+PEFT takes several passes for it: the input to float32 and back, a mask of dropout in doubles, the (T, out) product
+scaled and then added. On a CPU with fast bfloat16 most of a training step goes there. The arithmetic here is PEFT's but
+for the precision of the input of dropout, and the mask is drawn otherwise.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class AddLora(torch.autograd.Function):
 
 
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """0 where an element of x is dropped, 1 elsewhere, in the shape of x; on a CPU in its type, which multiplies faster.
+    """0 where an element of x is dropped, 1 elsewhere, in the shape of x; on a CPU also in its type, which is faster.
 
     On a CPU 16 bits an element, from a fast generator that torch's seeds, compared by whole-number steps that the
     processor takes for many elements at once: a fifth of the time of `bernoulli_`, which draws doubles.
