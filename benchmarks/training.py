@@ -6,7 +6,10 @@
 Every contender trains the same random model on the same rows, with as many rows an optimiser step, in a process of its
 own; rounds alternate between the contenders, and the table gives medians and ratios. `useful` tokens are those of the
 rows (for pairs: prompt and both answers, once each); padding and repeated prompts do not count. Row lengths are drawn
-like those of medical questions and dialogues: many short answers, a long tail.
+like those of medical questions and dialogues: many short answers, a long tail. `of the limit` is the share of the rate
+at which this machine multiplies matrices of the model's shapes and nothing else: a useful token counts twice its
+parameters forward, as much for the gradient of its input and, where all weights are trained, of those; with the
+reference of pairs forward once more in two epochs.
 
     suwen        this project: packed by best fit, attention by segments, no logits
     trl best     TRL's trainer at its best settings: packed (bfd) for SFT and PT, precomputed reference for DPO
@@ -24,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,7 @@ CONTENDERS = {
     "dpo": ["suwen", "trl best", "trl"],
 }
 ROWS_PER_STEP = 16
+LIMIT = "limit"  # beside the contenders
 
 
 def build_model(vocabulary: int, dtype: Any) -> Any:
@@ -193,6 +199,33 @@ def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_limit(given: argparse.Namespace) -> dict[str, float]:
+    """FLOP/s of the model's own products, weighted by their share, and the FLOP that a useful token needs."""
+    import torch
+
+    from suwen.models import compute_precision
+
+    dtype = torch.bfloat16 if compute_precision({}) == "bf16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(given.vocabulary, dtype).to(device)
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    flop, seconds = 0.0, 0.0
+    for (out, width), count in Counter(shapes).items():
+        rows = torch.randn(given.longest, width, dtype=dtype, device=device)
+        matrix = torch.randn(width, out, dtype=dtype, device=device)
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            rows @ matrix
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        seconds += count * statistics.median(times)
+        flop += count * 2 * given.longest * width * out
+    passes = (2 if given.method == "lora" else 3) + (0.5 if given.task == "dpo" else 0)
+    return {"flop_per_second": flop / seconds, "flop_per_token": passes * flop / given.longest}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=tuple(CONTENDERS), default="sft")
@@ -205,13 +238,14 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        print("RESULT " + json.dumps(work(given.worker, given)))
+        print("RESULT " + json.dumps(measure_limit(given) if given.worker == LIMIT else work(given.worker, given)))
         return
     names = [n.strip() for n in given.only.split(",")] if given.only else list(CONTENDERS[given.task])
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     words = [f"--{key}={value}" for key, value in vars(given).items() if key not in ("worker", "only", "rounds")]
+    limits: list[dict[str, Any]] = []
     for number in range(given.rounds):
-        for name in names:
+        for name in [*names, LIMIT]:
             command = [sys.executable, "-m", "benchmarks.training", *words, "--worker", name]
             done = subprocess.run(
                 command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -220,28 +254,37 @@ def main() -> None:
             if not lines:
                 print(f"{name}: failed\n{done.stderr[-3000:]}", file=sys.stderr)
                 continue
-            results[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
-            found = results[name][-1]
+            found = json.loads(lines[-1].removeprefix("RESULT "))
+            if name == LIMIT:
+                limits.append(found)
+                continue
+            results[name].append(found)
             print(
                 f"round {number + 1}  {name:<9} {found['tokens_per_second']:8.0f} tokens/s", file=sys.stderr, flush=True
             )
-    print_table(given, results)
+    print_table(given, results, limits)
 
 
-def print_table(given: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+def print_table(
+    given: argparse.Namespace, results: dict[str, list[dict[str, Any]]], limits: Sequence[dict[str, Any]] = ()
+) -> None:
     def middle(name: str, key: str) -> float:
         return statistics.median(run[key] for run in results[name])
 
     ours = next(iter(results))
     print(f"\n{given.task}, {given.method}, vocabulary {given.vocabulary:,}, {results[ours][0]['precision']}\n")
-    print("| | useful tokens/s | ratio | peak memory | ratio | first step after |")
-    print("|---|---|---|---|---|---|")
+    if limits:
+        print(f"limit: {statistics.median(one['flop_per_second'] for one in limits) / 1e9:,.0f} GFLOP/s\n")
+    print("| | useful tokens/s | ratio | of the limit | peak memory | ratio | first step after |")
+    print("|---|---|---|---|---|---|---|")
     for name, runs in results.items():
         if runs:
             speed, peak = middle(name, "tokens_per_second"), middle(name, "peak_bytes")
+            shares = [speed * one["flop_per_token"] / one["flop_per_second"] for one in limits]
+            share = f"{statistics.median(shares):.0%}" if shares else ""
             print(
-                f"| {name} | {speed:,.0f} | {middle(ours, 'tokens_per_second') / speed:.2f} | {peak / 1e9:.2f} GB | "
-                f"{middle(ours, 'peak_bytes') / peak:.2f} | {middle(name, 'first_step'):.1f} s |"
+                f"| {name} | {speed:,.0f} | {middle(ours, 'tokens_per_second') / speed:.2f} | {share} | "
+                f"{peak / 1e9:.2f} GB | {middle(ours, 'peak_bytes') / peak:.2f} | {middle(name, 'first_step'):.1f} s |"
             )
 
 

@@ -29,11 +29,16 @@ BATCH_TOKENS = 8192  # computed at once, padding included
 
 @dataclass
 class RewardModel:
-    """Scores conversations by the tokenizer and the chat template that it was trained with."""
+    """Scores conversations by the tokenizer and the chat template that it was trained with.
+
+    Attributes:
+        spread: standard deviation of its scores in its own evaluation, on held-out pairs; 1 where none is known.
+    """
 
     model: Any
     encoder: ChatEncoder
     path: str
+    spread: float = 1.0
 
     @property
     def head(self) -> torch.Tensor:
@@ -116,5 +121,6 @@ def load_reward_model(path: str, quantization: str = "none", device: str | None 
     without_adapter(model).score.float()  # 16 bits would tell no more than three digits of a score apart
     tokenizer = load_tokenizer(path, "auto")
     check_vocabulary(model, tokenizer)
-    thinking = THINKING.get(str(read_json(Path(path) / "run.json").get("thinking")))
-    return RewardModel(model, ChatEncoder(tokenizer, thinking), path)
+    record = read_json(Path(path) / "run.json")
+    encoder = ChatEncoder(tokenizer, THINKING.get(str(record.get("thinking"))))
+    return RewardModel(model, encoder, path, (record.get("evaluation") or {}).get("eval_score_std") or 1.0)

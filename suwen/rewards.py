@@ -6,7 +6,9 @@ length      0 up to four fifths of --max_new_tokens, falling to -1 at the limit 
             Yu et al. 2025, arXiv:2503.14476, eq. 13, with its share of one fifth)
 repetition  minus the share of 4-grams of tokens that occurred before in the answer
 language    share of Chinese characters among all letters
-model:DIR   score of a reward model, which reads the conversation in its own template
+model:DIR   score of a reward model, which reads the conversation in its own template, in units of its spread on held-out
+            pairs: what a weight, a KL coefficient or a value is worth does not hang on how sure the model is (Ziegler
+            et al. 2019, arXiv:1909.08593, section 2.1, bring rewards to variance 1, too)
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def load_rewards(text: str, settings: PolicyArguments, device: Any, flag: str = 
             from suwen.reward import load_reward_model
 
             model = load_reward_model(name.removeprefix("model:"), settings.reward_quantization, str(device))
-            found.append(Weighted(name, weight, partial(model_reward, model), model.head))
+            found.append(Weighted(name, weight, partial(model_reward, model), model.head / model.spread))
         else:
             found.append(Weighted(name, weight, partial(RULES[name], max_new_tokens=settings.max_new_tokens)))
     return found
@@ -138,7 +140,8 @@ def language_reward(samples: Sequence[Sample], **_: int) -> list[float]:
 
 def model_reward(model, samples: Sequence[Sample]) -> list[float]:
     """Scores of a reward model. It gets text, so its tokenizer and its template may be others than the policy's."""
-    return model.score([[*sample.messages, message_of(sample.answer)] for sample in samples])
+    found = model.score([[*sample.messages, message_of(sample.answer)] for sample in samples])
+    return [score / model.spread for score in found]
 
 
 def message_of(answer: Answer) -> dict[str, str]:

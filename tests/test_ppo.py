@@ -350,6 +350,9 @@ def test_a_quantised_base_trains_and_its_adapter_goes_on_against_itself(quantiza
     assert one.keys() == two.keys() and any(not torch.equal(one[name], two[name]) for name in one)
 
 
+SPREAD = 2.5  # of the scores of a reward model in its own evaluation
+
+
 def reward_model_folder(folder: Path) -> str:
     """A reward model of another tokenizer and template, as `run_rm.sh` leaves it."""
     tokenizer = tiny_tokenizer(style="metaspace", chat_template=TEMPLATES["vicuna"].jinja)
@@ -360,7 +363,8 @@ def reward_model_folder(folder: Path) -> str:
     model = LlamaForSequenceClassification(config)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-    (folder / "run.json").write_text('{"stage": "rm", "finished": true}')
+    record = {"stage": "rm", "finished": True, "evaluation": {"eval_score_std": SPREAD}}
+    (folder / "run.json").write_text(json.dumps(record))
     return str(folder)
 
 
@@ -381,14 +385,17 @@ def test_a_reward_model_of_another_tokenizer_scores_answers_and_starts_the_criti
     conversations = [
         [*sample.messages, {"role": "assistant", "content": sample.answer.content}] for sample in rollout.samples
     ]
-    assert rollout.scores[name].tolist() == pytest.approx(model.score(conversations), abs=1e-5)
+    expected = [score / SPREAD for score in model.score(conversations)]
+    assert rollout.scores[name].tolist() == pytest.approx(expected, abs=1e-5)
     assert rollout.scores[name].std() > 0
     hidden = AutoModelForCausalLM.from_pretrained(base).model
     for place, sample in enumerate(rollout.samples):
         prompt, answer = sample.prompt_ids, sample.answer.token_ids
         with torch.no_grad():
             states = hidden(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(rollout.values[place, : len(answer)], states @ model.head, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rollout.values[place, : len(answer)], states @ model.head / SPREAD, atol=1e-5, rtol=0
+        )
 
 
 def assert_same_history(one: list[dict], two: list[dict]) -> None:
