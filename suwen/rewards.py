@@ -6,9 +6,9 @@ length      0 up to four fifths of --max_new_tokens, falling to -1 at the limit 
             Yu et al. 2025, arXiv:2503.14476, eq. 13, with its share of one fifth)
 repetition  minus the share of 4-grams of tokens that occurred before in the answer
 language    share of Chinese characters among all letters
-model:DIR   score of a reward model, which reads the conversation in its own template, in units of its spread on held-out
-            pairs: what a weight, a KL coefficient or a value is worth does not hang on how sure the model is (Ziegler
-            et al. 2019, arXiv:1909.08593, section 2.1, bring rewards to variance 1, too)
+model:DIR   score of a reward model, which reads the conversation in its own template, in units of its spread on
+            held-out pairs: what a weight, a KL coefficient or a value is worth does not hang on how sure the model is
+            (Ziegler et al. 2019, arXiv:1909.08593, section 2.1, bring rewards to variance 1, too)
 """
 
 from __future__ import annotations
