@@ -34,10 +34,14 @@ def fuse_lora(model: Any) -> None:
 
 
 def forward(layer: Any, original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What a layer of LAYERS computes; merged, switched off, several adapters or a variant such as DoRA: PEFT's way."""
+    """What a layer of LAYERS computes.
+
+    PEFT's own way where it is merged, switched off, has several adapters or a variant such as DoRA, and where torch
+    compiles, which fuses those passes itself.
+    """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = len(names) == 1 and not (layer.disable_adapters or layer.merged or args or kwargs or layer.lora_variant)
-    if not plain or layer.lora_B[names[0]].bias is not None:
+    if not plain or layer.lora_B[names[0]].bias is not None or torch.compiler.is_compiling():
         return original(x, *args, **kwargs)
     name = names[0]
     dropout = layer.lora_dropout[name]

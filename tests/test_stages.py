@@ -208,6 +208,19 @@ def test_checkpointing_changes_memory_and_nothing_else(base, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_steps(base, tmp_path):
+    flags = ["--max_steps", "2", "--logging_steps", "1", "--use_peft", "True", "--lora_dropout", "0"]
+    plain = run_stage("sft", base, tmp_path, *flags)
+    run_stage("sft", base, tmp_path, *flags, "--output_dir", str(tmp_path / "compiled"), "--torch_compile")
+    record = json.loads((tmp_path / "compiled" / "run.json").read_text(encoding="utf-8"))
+    assert record["evaluation"]["eval_loss"] == pytest.approx(plain["evaluation"]["eval_loss"], rel=1e-5)
+    weights, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("compiled", "sft"))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-3)
+
+
 def test_neftune_adds_noise_in_training_only(base, tmp_path):
     records = []
     for alpha in ([], ["--neftune_noise_alpha", "15"]):
