@@ -2,6 +2,7 @@
 
     python -m benchmarks.training --task sft --rounds 3
     python -m benchmarks.training --task dpo --vocabulary 151936
+    python -m benchmarks.training --shape 7B --vocabulary 151936 --longest 4096 --rows 512          # on a GPU
 
 Every contender trains the same random model on the same rows, with as many rows an optimiser step, in a process of its
 own; rounds alternate between the contenders, and the table gives medians and ratios. `useful` tokens are those of the
@@ -40,19 +41,27 @@ CONTENDERS = {
     "pt": ["suwen", "trl best", "trl", "padded"],
     "dpo": ["suwen", "trl best", "trl"],
 }
+# width, width of the MLP, layers, heads, key heads; 512 has 25.7 million parameters beside its embedding, the sizes are
+# those of Qwen2.5
+SHAPES = {
+    "256": (256, 768, 8, 4, 2), "512": (512, 1536, 8, 8, 4), "1024": (1024, 3072, 8, 16, 8),
+    "0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2), "7B": (3584, 18944, 28, 28, 4),
+}  # fmt: skip
 ROWS_PER_STEP = 16
 LIMIT = "limit"  # beside the contenders
 
 
-def build_model(vocabulary: int, dtype: Any) -> Any:
-    """A random Qwen2 of 25.7 million parameters beside its tied embedding, as in the peers' measurement."""
+def build_model(vocabulary: int, shape: str, dtype: Any) -> Any:
+    """A random Qwen2 of SHAPES."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    hidden, inner, layers, heads, key_heads = SHAPES[shape]
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, use_cache=False,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768,
+        tie_word_embeddings=shape != "7B", use_cache=False,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).to(dtype)
 
@@ -82,6 +91,12 @@ def draw_rows(task: str, count: int, vocabulary: int, longest: int) -> list[dict
     return rows
 
 
+def precision_of(given: argparse.Namespace) -> str:
+    from suwen.models import compute_precision
+
+    return compute_precision({}) if given.precision == "auto" else given.precision
+
+
 def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
     """Train one epoch (two for pairs) and say how long it took; runs in a process of its own."""
     began = time.perf_counter()
@@ -92,10 +107,8 @@ def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-    from suwen.models import compute_precision
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = compute_precision({})
+    precision = precision_of(given)
     rows = draw_rows(given.task, given.rows, given.vocabulary, given.longest)
     data = Dataset.from_list(rows)
     useful = sum(len(ids) for row in rows for name, ids in row.items() if name != "labels")
@@ -108,7 +121,7 @@ def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
     if given.method == "lora":
         lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     frozen = torch.bfloat16 if precision == "bf16" and lora else torch.float32
-    model = build_model(given.vocabulary, frozen)
+    model = build_model(given.vocabulary, given.shape, frozen)
     folder = tempfile.mkdtemp()
     epochs = 2 if given.task == "dpo" else 1
     common: dict[str, Any] = {
@@ -203,11 +216,9 @@ def measure_limit(given: argparse.Namespace) -> dict[str, float]:
     """FLOP/s of the model's own products, weighted by their share, and the FLOP that a useful token needs."""
     import torch
 
-    from suwen.models import compute_precision
-
-    dtype = torch.bfloat16 if compute_precision({}) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision_of(given) == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(given.vocabulary, dtype).to(device)
+    model = build_model(given.vocabulary, given.shape, dtype).to(device)
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
     flop, seconds = 0.0, 0.0
     for (out, width), count in Counter(shapes).items():
@@ -231,6 +242,8 @@ def main() -> None:
     parser.add_argument("--task", choices=tuple(CONTENDERS), default="sft")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="512", help="width of a small model, or size (512)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--longest", type=int, default=1024, help="tokens in a row, and in a pack")
     parser.add_argument("--rounds", type=int, default=3)

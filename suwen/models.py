@@ -198,6 +198,7 @@ def load_base(
         raise ValueError(f"model {path!r}: found a {type(model).__name__}, expected a decoder with a head for scores")
     if reward and not trained_head:
         init_reward_head(model.score)
+    keep_nf4_as_it_is(model)
     if quantization == "2bit":
         if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
             raise ValueError(
@@ -225,6 +226,17 @@ def probe_loss(model: Any, path: str) -> float | None:
         losses -= logps.gather(1, ids[0, 1:, None]).sum().item()
         count += ids.shape[1] - 1
     return losses / max(count, 1)
+
+
+def keep_nf4_as_it_is(model: Any) -> None:
+    """Keep bitsandbytes 0.50 from repacking NF4 weights in place at the first evaluation on a CPU with AVX512-BF16.
+
+    It rounds their scales to bfloat16, fails at widths that are no multiple of 64, and has no backward pass: a training
+    would go on without the gradients that flow through the base.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_causal_lm(

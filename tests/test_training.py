@@ -9,7 +9,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_model, tiny_tokenizer
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer
 
 from suwen import attention
@@ -253,6 +261,26 @@ def test_a_quantised_base_trains_its_adapter_in_float32(tmp_path, quantization):
     assert trained == {torch.float32}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("width", [128, 96])  # whole blocks of NF4 in a row, and not
+def test_an_evaluation_leaves_a_quantised_base_as_it_is(tmp_path, quantization, width):
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), torch.float32, quantization, torch.float32, "cpu")
+    given = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def step():
+        logits = model.train()(inputs_embeds=given).logits
+        (gradient,) = torch.autograd.grad(logits.square().mean(), given)
+        return logits.detach(), gradient
+
+    before = step()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=given)
+    for found, expected in zip(step(), before, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
