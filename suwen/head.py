@@ -112,7 +112,7 @@ def add_reward_forward(model: Any, routing: RouterWatch | None = None) -> None:
             return original(*args, **kwargs)
         hidden, router_loss = hidden_states(model, routing, *args, **kwargs)
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = model.score(hidden[score_at].to(next(model.score.parameters()).dtype))[:, 0].float()
+            scores = model.score(hidden[score_at].to(model.score.weight.dtype))[:, 0].float()
         return Rewarded(scores=scores, router_loss=router_loss)
 
     model.forward = forward

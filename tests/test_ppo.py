@@ -337,6 +337,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_sample_for_sample(extra, base, t
     assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("lora", ["True", "False"])
+def test_a_policy_trains_in_bfloat16(lora, base, tmp_path):
+    flags = ["--use_peft", lora, "--max_steps", "2", "--bf16", "True", "--logging_steps", "1"]
+    record = run_ppo(base, tmp_path, *flags)
+    assert record["finished"] and record["trained_dtype"] == ["float32"]
+    first, *_ = (entry for entry in history_of(tmp_path, 2) if "kl" in entry)
+    assert abs(first["kl"]) < 1e-3  # the policy is its own reference, in the same precision
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_a_quantised_base_trains_and_its_adapter_goes_on_against_itself(quantization, base, tmp_path):
     pytest.importorskip("bitsandbytes")

@@ -127,6 +127,17 @@ def test_the_minimal_call_leaves_all_that_is_promised(stage, base, tmp_path, cap
     assert "3 optimiser steps" in printed and "⟦" in printed and "held out:" in printed
 
 
+@pytest.mark.parametrize("lora", ["False", "True"])
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_every_stage_trains_in_bfloat16(stage, lora, base, tmp_path):
+    flags = ["--use_peft", lora, "--max_steps", "2"]
+    losses = [
+        run_stage(stage, base, tmp_path, *flags, "--bf16", bf16, "--resume", "never")["evaluation"]["eval_loss"]
+        for bf16 in ("False", "True")
+    ]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_each_stage_goes_on_from_the_one_before(base, tmp_path, capsys):
     run_stage("pt", base, tmp_path, "--max_steps", "1")
     record = run_stage("sft", None, tmp_path, "--max_steps", "1", "--outputs", str(tmp_path))
