@@ -248,16 +248,16 @@ def test_the_held_out_scores_are_those_of_the_saved_model(base, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_backbone_trains_its_adapter_and_head(base, tmp_path, quantization):
-    flags = ["--use_peft", "--quantization", quantization, "--max_steps", "6", "--learning_rate", "2e-2"]
-    record = run_rm(base, tmp_path, *flags, "--logging_steps", "1")
+    flags = ["--use_peft", "--quantization", quantization, "--max_steps", "6", "--learning_rate", "5e-3"]
+    record = run_rm(base, tmp_path, *flags, "--eval_on_start", "True")
     assert record["trained_dtype"] == ["float32"]
     weights = load_file(tmp_path / "rm" / "adapter_model.safetensors")
     assert any(name.endswith("score.weight") for name in weights)
     judge = load_reward_model(str(tmp_path / "rm"), quantization=quantization)
     assert len(set(judge.score(CONVERSATIONS))) > 1
     history = json.loads((tmp_path / "rm" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]  # of the same pairs
+    assert len(losses) == 2 and losses[-1] < losses[0]
 
 
 def test_a_quantised_run_goes_on_from_the_adapter_of_an_sft(base, tmp_path):

@@ -67,7 +67,8 @@ def words_for(base: Path, output: Path, *more: str) -> list[str]:
         "--output_dir",
         str(output),
     ]
-    return [*words, "--cache_dir", str(base / "cache"), "--max_length", "128", *SAME, *more]
+    # float32: without a GPU DeepSpeed has nothing else, and one process alone would take bfloat16 where it is fast
+    return [*words, "--cache_dir", str(base / "cache"), "--max_length", "128", "--bf16", "False", *SAME, *more]
 
 
 def train_alone(base: Path, output: Path, *more: str) -> None:
