@@ -2,7 +2,7 @@
 
     python -m benchmarks.reinforcement                # three seeds each, with their curves in outputs/reinforcement
     python -m benchmarks.reinforcement --algorithms grpo --seeds 1 --updates 8
-    python -m benchmarks.reinforcement --reward model --algorithms ppo rloo grpo
+    python -m benchmarks.reinforcement --reward model --algorithms ppo
 
 The questions are made of the names in data/kg: "哪一项是药品？" with the names of a drug, a disease and a symptom, in
 random order. They are easy on purpose: the embedded model knows nothing, and has to find out in minutes on one core

@@ -218,7 +218,8 @@ def measure_limit(given: argparse.Namespace) -> dict[str, float]:
 
     dtype = torch.bfloat16 if precision_of(given) == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(given.vocabulary, given.shape, dtype).to(device)
+    with torch.device("meta"):  # only its shapes
+        model = build_model(given.vocabulary, given.shape, dtype)
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
     flop, seconds = 0.0, 0.0
     for (out, width), count in Counter(shapes).items():

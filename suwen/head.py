@@ -187,7 +187,7 @@ class TokenLogps(torch.autograd.Function):
         for part in chunks(len(labels), len(weight), hidden.device.type == "cpu"):
             logits = settle(torch.nn.functional.linear(hidden[part].to(dtype), matrix, offset), scale, softcap)
             correct[part] = logits.argmax(1) == labels[part]
-            inner = slope_of_settling(logits, scale, softcap) if slopes is not None else None
+            inner = slope_of_settling(logits, scale, softcap)
             torch.log_softmax(logits, 1, out=logits)
             logps[part] = logits.gather(1, labels[part, None])[:, 0]
             if slopes is not None:
@@ -236,7 +236,7 @@ def slope_of_settling(logits: torch.Tensor, scale: float, softcap: float | None)
     return scale * (1 - (logits / softcap) ** 2) if softcap else scale
 
 
-def slope_of_logits(logps: torch.Tensor, labels: torch.Tensor, inner: torch.Tensor | float | None) -> torch.Tensor:
+def slope_of_logits(logps: torch.Tensor, labels: torch.Tensor, inner: torch.Tensor | float) -> torch.Tensor:
     """Gradient (N, V) of each label's log-probability with respect to the head's own output; overwrites `logps`."""
     slope = logps.exp_().neg_()
     slope[torch.arange(len(labels), device=labels.device), labels] += 1

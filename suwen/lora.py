@@ -68,8 +68,9 @@ class AddLora(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
         ctx.types = (x.dtype, a.dtype, b.dtype)
         a, b, rows = a.to(dtype), b.to(dtype), x.flatten(0, -2).to(dtype)
-        mask = keep_mask(rows, p) if p else None
-        ctx.scaling = scaling / (1 - round(p * LEVELS) / LEVELS)
+        dropped = min(round(p * LEVELS), LEVELS - 1)
+        mask = keep_mask(rows, dropped) if dropped else None
+        ctx.scaling = scaling / (1 - dropped / LEVELS)
         low = (rows if mask is None else rows * mask) @ a.t()
         ctx.save_for_backward(rows, mask, low, a, b)
         found = torch.addmm(result.flatten(0, -2).to(dtype), low, b.t(), alpha=ctx.scaling)
@@ -92,16 +93,17 @@ class AddLora(torch.autograd.Function):
         return gradient, to_x, to_a.to(into_a), to_b.to(into_b), None, None
 
 
-def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+def keep_mask(x: torch.Tensor, dropped: int) -> torch.Tensor:
     """0 where an element of x is dropped, 1 elsewhere, in the shape of x; on a CPU also in its type, which is faster.
 
-    On a CPU 16 bits an element, from a fast generator that torch's seeds, compared by whole-number steps that the
-    processor takes for many elements at once: a fifth of the time of `bernoulli_`, which draws doubles.
+    `dropped` of LEVELS elements are, 1 to LEVELS - 1. On a CPU 16 bits an element, from a fast generator that torch's
+    seeds, compared by whole-number steps that the processor takes for many elements at once: a fifth of the time of
+    `bernoulli_`, which draws doubles.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - round(p * LEVELS) / LEVELS)
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropped / LEVELS)
     count = x.numel()
     generator = np.random.SFC64(torch.randint(2**62, ()).item())
     bits = torch.from_numpy(generator.random_raw(-(-count // 4)).view(np.int16))[:count]
-    first_kept = round(p * LEVELS) - LEVELS // 2
+    first_kept = dropped - LEVELS // 2
     return bits.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).to(x.dtype).view(x.shape)
