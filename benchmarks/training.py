@@ -2,6 +2,7 @@
 
     python -m benchmarks.training --task sft --rounds 3
     python -m benchmarks.training --task dpo --vocabulary 151936
+    python -m benchmarks.training --task rm --method full
     python -m benchmarks.training --shape 7B --vocabulary 151936 --longest 4096 --rows 512          # on a GPU
 
 Every contender trains the same random model on the same rows, with as many rows an optimiser step, in a process of its
@@ -13,7 +14,7 @@ parameters forward, as much for the gradient of its input and, where all weights
 reference of pairs forward once more in two epochs.
 
     suwen        this project: packed by best fit, attention by segments, no logits
-    trl best     TRL's trainer at its best settings: packed (bfd) for SFT and PT, precomputed reference for DPO
+    trl best     TRL's trainer without checkpointing, packed (bfd) for SFT and PT, with precomputed reference for DPO
     trl          TRL's trainer with its defaults
     padded       transformers' Trainer on padded batches with checkpointing, as MedicalGPT's scripts run it (SFT, PT)
 """
@@ -40,7 +41,9 @@ CONTENDERS = {
     "sft": ["suwen", "trl best", "trl", "padded"],
     "pt": ["suwen", "trl best", "trl", "padded"],
     "dpo": ["suwen", "trl best", "trl"],
+    "rm": ["suwen", "trl best", "trl"],
 }
+PAIRS = ("dpo", "rm")
 # width, width of the MLP, layers, heads, key heads; 512 has 25.7 million parameters beside its embedding, the sizes are
 # those of Qwen2.5
 SHAPES = {
@@ -51,19 +54,19 @@ ROWS_PER_STEP = 16
 LIMIT = "limit"  # beside the contenders
 
 
-def build_model(vocabulary: int, shape: str, dtype: Any) -> Any:
-    """A random Qwen2 of SHAPES."""
+def build_model(task: str, vocabulary: int, shape: str, dtype: Any) -> Any:
+    """A random Qwen2 of SHAPES; for reward models under a head of one score."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
     hidden, inner, layers, heads, key_heads = SHAPES[shape]
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768,
-        tie_word_embeddings=shape != "7B", use_cache=False,
+        tie_word_embeddings=shape != "7B", use_cache=False, num_labels=1, pad_token_id=0,
     )  # fmt: skip
-    return Qwen2ForCausalLM(config).to(dtype)
+    return (Qwen2ForSequenceClassification if task == "rm" else Qwen2ForCausalLM)(config).to(dtype)
 
 
 def draw_rows(task: str, count: int, vocabulary: int, longest: int) -> list[dict[str, list[int]]]:
@@ -79,7 +82,7 @@ def draw_rows(task: str, count: int, vocabulary: int, longest: int) -> list[dict
     for _ in range(count):
         prompt = tokens(np.clip(random.lognormal(3.7, 0.7), 8, longest // 2))
         answer = tokens(np.clip(random.lognormal(4.7, 0.8), 8, longest - len(prompt)))
-        if task == "dpo":
+        if task in PAIRS:
             prompt = tokens(np.clip(random.lognormal(5.0, 0.6), 16, longest // 2))
             chosen = tokens(np.clip(random.lognormal(4.2, 0.7), 8, longest - len(prompt)))
             rejected = tokens(np.clip(random.lognormal(4.2, 0.7), 8, longest - len(prompt)))
@@ -97,21 +100,91 @@ def precision_of(given: argparse.Namespace) -> str:
     return compute_precision({}) if given.precision == "auto" else given.precision
 
 
+def useful_tokens(rows: list[dict[str, list[int]]]) -> int:
+    return sum(len(ids) for row in rows for name, ids in row.items() if name != "labels")
+
+
+def batch(size: int, rows: int = ROWS_PER_STEP) -> dict[str, int]:
+    """Settings for `rows` rows an optimiser step, `size` at a time."""
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, rows // size)}
+
+
+def packs(rows: list[dict[str, list[int]]], longest: int) -> dict[str, int]:
+    """Settings for as many packs an optimiser step as hold ROWS_PER_STEP rows."""
+    return batch(1, ROWS_PER_STEP // max(1, round(longest * len(rows) / useful_tokens(rows))))
+
+
+def build_ours(given: argparse.Namespace, rows: Any, common: dict[str, Any], made: dict[str, Any]) -> Any:
+    from transformers import TrainingArguments
+
+    from suwen import attention
+    from suwen.arguments import PreferenceArguments, RewardArguments
+    from suwen.head import add_reward_forward, add_scoring_head
+    from suwen.trainers import LanguageModelTrainer, PairTrainer, RewardTrainer
+
+    (add_reward_forward if given.task == "rm" else add_scoring_head)(made["model"])
+    made["model"].set_attn_implementation(attention.NAME)
+    trainers: dict[str, Any] = {"dpo": PairTrainer, "rm": RewardTrainer}
+    settings: dict[str, Any] = {"dpo": PreferenceArguments, "rm": RewardArguments}
+    options = {"settings": settings[given.task]()} if given.task in settings else {}
+    args = TrainingArguments(**common, **packs(rows, given.longest))
+    trainer = trainers.get(given.task, LanguageModelTrainer)(
+        **made, args=args, eval_dataset=None, max_length=given.longest, **options
+    )
+    if given.task == "dpo":
+        trainer.compute_reference(Path(args.output_dir), "")
+    return trainer
+
+
+def build_trl(given: argparse.Namespace, rows: Any, common: dict[str, Any], made: dict[str, Any], best: bool) -> Any:
+    import trl
+    from datasets import Dataset
+
+    common["gradient_checkpointing"] = not best
+    if given.task not in PAIRS:
+        sizes = {"packing": True, **packs(rows, given.longest)} if best else batch(4)
+        return trl.SFTTrainer(args=trl.SFTConfig(**common, **sizes, max_length=given.longest), **made)
+    cls: Any = trl.RewardTrainer if given.task == "rm" else trl.DPOTrainer
+
+    class Encoded(cls):  # type: ignore[misc]  # the rows are token ids already
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    if given.task == "dpo":
+        config: Any = trl.DPOConfig(**common, **batch(4), max_length=None, precompute_ref_log_probs=best)
+    else:
+        whole = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
+        made["train_dataset"] = Dataset.from_list(whole)
+        config = trl.RewardConfig(**common, **batch(4), max_length=None, center_rewards_coefficient=0.01)
+    return Encoded(args=config, **made)
+
+
+def build_padded(common: dict[str, Any], made: dict[str, Any]) -> Any:
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    common["gradient_checkpointing"] = True
+    if (lora := made.pop("peft_config")) is not None:
+        made["model"].enable_input_require_grads()
+        made["model"] = get_peft_model(made["model"], lora)
+    collator = DataCollatorForSeq2Seq(made["processing_class"], label_pad_token_id=-100)
+    return Trainer(args=TrainingArguments(**common, **batch(4)), data_collator=collator, **made)
+
+
 def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Train one epoch (two for pairs) and say how long it took; runs in a process of its own."""
+    """Train one epoch (two for DPO) and say how long it took; runs in a process of its own."""
     began = time.perf_counter()
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from suwen.records import peak_memory_bytes
+
     precision = precision_of(given)
     rows = draw_rows(given.task, given.rows, given.vocabulary, given.longest)
-    data = Dataset.from_list(rows)
-    useful = sum(len(ids) for row in rows for name, ids in row.items() if name != "labels")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
         pad_token="<pad>",
@@ -119,15 +192,19 @@ def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
     )
     lora = None
     if given.method == "lora":
-        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-    frozen = torch.bfloat16 if precision == "bf16" and lora else torch.float32
-    model = build_model(given.vocabulary, given.shape, frozen)
-    folder = tempfile.mkdtemp()
+        kind = "SEQ_CLS" if given.task == "rm" else "CAUSAL_LM"
+        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type=kind)
+    weights = torch.bfloat16 if precision == "bf16" and lora else torch.float32
     epochs = 2 if given.task == "dpo" else 1
     common: dict[str, Any] = {
-        "output_dir": folder, "report_to": [], "save_strategy": "no", "logging_steps": 10, "seed": 1,
-        "learning_rate": 1e-4, "num_train_epochs": epochs, "disable_tqdm": True, "use_cpu": device == "cpu",
-        "bf16": precision == "bf16", "fp16": precision == "fp16", "gradient_checkpointing": False,
+        "output_dir": tempfile.mkdtemp(), "report_to": [], "save_strategy": "no", "logging_steps": 10, "seed": 1,
+        "learning_rate": 1e-4, "num_train_epochs": epochs, "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(), "bf16": precision == "bf16", "fp16": precision == "fp16",
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    made: dict[str, Any] = {
+        "model": build_model(given.task, given.vocabulary, given.shape, weights), "processing_class": tokenizer,
+        "train_dataset": Dataset.from_list(rows), "peft_config": lora,
     }  # fmt: skip
     marks: dict[str, float] = {}
 
@@ -135,80 +212,21 @@ def work(contender: str, given: argparse.Namespace) -> dict[str, Any]:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             marks.setdefault("first_step", time.perf_counter() - began)
 
-    def batch(size: int) -> dict[str, int]:
-        return {"per_device_train_batch_size": size, "gradient_accumulation_steps": ROWS_PER_STEP // size}
-
     start = time.perf_counter()  # packing and a reference pass belong to the training
     if contender == "suwen":
-        from suwen import attention
-        from suwen.arguments import PreferenceArguments
-        from suwen.head import add_scoring_head
-        from suwen.trainers import LanguageModelTrainer, PairTrainer
-
-        add_scoring_head(model)
-        model.set_attn_implementation(attention.NAME)
-        rows_a_pack = max(1, round(given.longest * len(rows) / useful))
-        steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, ROWS_PER_STEP // rows_a_pack)}
-        cls: Any = PairTrainer if given.task == "dpo" else LanguageModelTrainer
-        options = {"settings": PreferenceArguments()} if given.task == "dpo" else {}
-        trainer = cls(
-            model=model, args=TrainingArguments(**common, **steps), train_dataset=data, eval_dataset=None,
-            processing_class=tokenizer, max_length=given.longest, peft_config=lora, **options,
-        )  # fmt: skip
-    elif given.task == "dpo":
-        from trl import DPOConfig, DPOTrainer
-
-        class EncodedDPO(DPOTrainer):
-            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-                return dataset
-
-        common["gradient_checkpointing"] = contender == "trl"
-        config = DPOConfig(**common, **batch(4), max_length=None, precompute_ref_log_probs=contender == "trl best")
-        trainer = EncodedDPO(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+        trainer = build_ours(given, rows, common, made)
     elif contender.startswith("trl"):
-        from trl import SFTConfig, SFTTrainer
-
-        packed = (
-            {"packing": True, "max_length": given.longest} if contender == "trl best" else {"max_length": given.longest}
-        )
-        common["gradient_checkpointing"] = contender == "trl"
-        rows_a_pack = max(1, round(given.longest * len(rows) / useful))
-        steps = batch(4)
-        if contender == "trl best":
-            steps = {
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": max(1, ROWS_PER_STEP // rows_a_pack),
-            }
-        trainer = SFTTrainer(
-            model=model, args=SFTConfig(**common, **steps, **packed), train_dataset=data, processing_class=tokenizer,
-            peft_config=lora,
-        )  # fmt: skip
+        trainer = build_trl(given, rows, common, made, best=contender == "trl best")
     else:
-        from peft import get_peft_model
-        from transformers import DataCollatorForSeq2Seq
-
-        common["gradient_checkpointing"] = True
-        if lora is not None:
-            model.enable_input_require_grads()
-            model = get_peft_model(model, lora)
-        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-        trainer = Trainer(
-            model=model, args=TrainingArguments(**common, **batch(4)), train_dataset=data, data_collator=collator,
-            processing_class=tokenizer,
-        )  # fmt: skip
+        trainer = build_padded(common, made)
     trainer.add_callback(Clock())
-    if contender == "suwen" and given.task == "dpo":
-        trainer.compute_reference(Path(folder), "")
     trainer.train()
     seconds = time.perf_counter() - start
-    from suwen.records import peak_memory_bytes
-
     return {
-        "tokens_per_second": epochs * useful / seconds,
+        "tokens_per_second": epochs * useful_tokens(rows) / seconds,
         "peak_bytes": peak_memory_bytes(),
         "first_step": marks["first_step"],
         "precision": precision,
-        "losses": [round(e["loss"], 3) for e in trainer.state.log_history if "loss" in e][-1:],
     }
 
 
@@ -219,7 +237,7 @@ def measure_limit(given: argparse.Namespace) -> dict[str, float]:
     dtype = torch.bfloat16 if precision_of(given) == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):  # only its shapes
-        model = build_model(given.vocabulary, given.shape, dtype)
+        model = build_model(given.task, given.vocabulary, given.shape, dtype)
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
     flop, seconds = 0.0, 0.0
     for (out, width), count in Counter(shapes).items():
