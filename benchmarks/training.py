@@ -146,7 +146,7 @@ def build_trl(given: argparse.Namespace, rows: Any, common: dict[str, Any], made
         return trl.SFTTrainer(args=trl.SFTConfig(**common, **sizes, max_length=given.longest), **made)
     cls: Any = trl.RewardTrainer if given.task == "rm" else trl.DPOTrainer
 
-    class Encoded(cls):  # type: ignore[misc]  # the rows are token ids already
+    class Encoded(cls):  # the rows are token ids already
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 

@@ -2,12 +2,14 @@
 
 PEFT takes several passes for it: the input to float32 and back, a mask of dropout in doubles, the (T, out) product
 scaled and then added. On a CPU with fast bfloat16 most of a training step goes there. The arithmetic here is PEFT's but
-for the precision of the input of dropout, and the mask is drawn otherwise.
+for the precision of the input of dropout, and the mask is drawn otherwise: layers that read the same tensor, as the
+queries, keys and values of attention do, drop the same elements of it.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,13 @@ def fuse_lora(model: Any) -> None:
     """
     if is_deepspeed_zero3_enabled():
         return
+    dropout = Dropout()
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module).__name__ in LAYERS:
-            module.forward = functools.partial(forward, module, module.forward)
+            module.forward = functools.partial(forward, module, module.forward, dropout)
 
 
-def forward(layer: Any, original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def forward(layer: Any, original: Any, shared: Dropout, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """What a layer of LAYERS computes.
 
     PEFT's own way where it is merged, switched off, has several adapters or a variant such as DoRA, and where torch
@@ -47,7 +50,42 @@ def forward(layer: Any, original: Any, x: torch.Tensor, *args: Any, **kwargs: An
     dropout = layer.lora_dropout[name]
     p = dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return AddLora.apply(layer.base_layer(x), x, a, b, layer.scaling[name], p)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+    rows, mask, scale = shared(x, dtype, p)
+    return AddLora.apply(layer.base_layer(x), x, rows, mask, a, b, layer.scaling[name] * scale)
+
+
+class Dropout:
+    """Rows of x with some elements dropped, kept for the next layer that reads the same tensor."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, ...] = ()
+
+    def __call__(
+        self, x: torch.Tensor, dtype: torch.dtype, p: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """
+        Args:
+            x: (..., in).
+            dtype: of the result.
+            p: chance of an element to be dropped.
+
+        Returns:
+            (rows, in), detached from x; the mask of what is kept, None if p is 0; what to multiply with afterwards.
+        """
+        key = (x._version, dtype, p)
+        if self.last and self.last[0]() is x and self.last[1] == key:
+            return self.last[2]
+        rows = x.detach().flatten(0, -2).to(dtype)
+        dropped = min(round(p * LEVELS), LEVELS - 1)
+        mask = keep_mask(rows, dropped) if dropped else None
+        found = (rows if mask is None else rows * mask, mask, LEVELS / (LEVELS - dropped))
+        self.last = (weakref.ref(x, self._forget), key, found)
+        return found
+
+    def _forget(self, _: Any) -> None:
+        self.last = ()
 
 
 class AddLora(torch.autograd.Function):
@@ -55,25 +93,28 @@ class AddLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, p: float
+        ctx: Any,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        mask: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
     ) -> torch.Tensor:
         """
         Args:
             result: (..., out), of the base layer.
-            x: (..., in).
+            x: (..., in); only its gradient is computed here.
+            rows, mask: what dropout left of x, and where.
             a, b: (r, in) and (out, r).
-            p: chance of an element of x to be dropped.
         """
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
         ctx.types = (x.dtype, a.dtype, b.dtype)
-        a, b, rows = a.to(dtype), b.to(dtype), x.flatten(0, -2).to(dtype)
-        dropped = min(round(p * LEVELS), LEVELS - 1)
-        mask = keep_mask(rows, dropped) if dropped else None
-        ctx.scaling = scaling / (1 - dropped / LEVELS)
-        low = (rows if mask is None else rows * mask) @ a.t()
+        a, b = a.to(rows.dtype), b.to(rows.dtype)
+        ctx.scaling = scaling
+        low = rows @ a.t()
         ctx.save_for_backward(rows, mask, low, a, b)
-        found = torch.addmm(result.flatten(0, -2).to(dtype), low, b.t(), alpha=ctx.scaling)
+        found = torch.addmm(result.flatten(0, -2).to(rows.dtype), low, b.t(), alpha=scaling)
         return found.view(result.shape).to(result.dtype)
 
     @staticmethod
@@ -83,14 +124,13 @@ class AddLora(torch.autograd.Function):
         into_x, into_a, into_b = ctx.types
         outer = gradient.flatten(0, -2).to(b.dtype)
         inner = (outer @ b) * ctx.scaling
-        kept = rows if mask is None else rows * mask
         to_x = None
         if ctx.needs_input_grad[1]:
             to_x = inner @ a
             to_x = to_x if mask is None else to_x.mul_(mask)
             to_x = to_x.view(*gradient.shape[:-1], -1).to(into_x)
-        to_a, to_b = inner.t() @ kept, (outer.t() @ low) * ctx.scaling
-        return gradient, to_x, to_a.to(into_a), to_b.to(into_b), None, None
+        to_a, to_b = inner.t() @ rows, (outer.t() @ low) * ctx.scaling
+        return gradient, to_x, None, None, to_a.to(into_a), to_b.to(into_b), None
 
 
 def keep_mask(x: torch.Tensor, dropped: int) -> torch.Tensor:

@@ -117,15 +117,47 @@ def test_results_with_dropout_are_unbiased_and_have_the_gradients_of_their_mask(
     x, a, b = torch.randn(5, 8, dtype=torch.double), torch.randn(3, 8).double(), torch.randn(6, 3).double()
     given = [tensor.requires_grad_() for tensor in (torch.zeros(5, 6, dtype=torch.double), x, a, b)]
 
-    def add(*tensors):
-        torch.manual_seed(3)  # the same mask each time
-        return lora.AddLora.apply(*tensors, 0.5, 0.3)
+    def add(result, x, a, b, p=0.3):
+        rows, mask, scale = lora.Dropout()(x, x.dtype, p)
+        return lora.AddLora.apply(result, x, rows, mask, a, b, 0.5 * scale)
 
-    assert torch.autograd.gradcheck(add, given)
-    assert torch.equal(lora.AddLora.apply(*given, 0.5, 1e-6), lora.AddLora.apply(*given, 0.5, 0.0))  # next to none
+    def with_one_mask(*tensors):
+        torch.manual_seed(3)
+        return add(*tensors)
+
+    assert torch.autograd.gradcheck(with_one_mask, given)
+    assert torch.equal(add(*given, 1e-6), add(*given, 0.0))  # next to none
     with torch.no_grad():
-        mean = torch.stack([lora.AddLora.apply(*given, 0.5, 0.3) for _ in range(20_000)]).mean(0)
+        mean = torch.stack([add(*given) for _ in range(20_000)]).mean(0)
         torch.testing.assert_close(mean, 0.5 * x @ a.t() @ b.t(), atol=0.15, rtol=0)
+
+
+def test_layers_that_read_one_tensor_share_its_mask_and_no_other():
+    dropout, x = lora.Dropout(), torch.randn(4, 6)
+    rows, mask, _ = dropout(x, x.dtype, 0.5)
+    assert dropout(x, x.dtype, 0.5)[0] is rows
+    assert torch.equal(rows, x * mask)
+    assert dropout(x, torch.bfloat16, 0.5)[0].dtype == torch.bfloat16
+    assert dropout(x, x.dtype, 0.0)[1] is None
+    dropout(x, x.dtype, 0.5)
+    x.add_(1)  # another tensor now
+    rows, mask, _ = dropout(x, x.dtype, 0.5)
+    assert torch.equal(rows, x * mask)
+    other = x.clone()
+    assert dropout(other, x.dtype, 0.5)[0] is not rows
+    del other
+    assert not dropout.last  # nothing is held longer than its tensor
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_meet_the_same_masks(reentrant):
+    model = with_adapter(tiny_model(tiny_tokenizer()), lora_dropout=0.5)
+    lora.fuse_lora(model)
+    torch.manual_seed(5)
+    expected = results(model, autocast=False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(5)
+    assert distance(results(model, autocast=False), expected) < 1e-6
 
 
 def test_no_dropout_outside_of_training_or_once_it_is_switched_off():
