@@ -74,15 +74,17 @@ class Dropout:
         Returns:
             (rows, in), detached from x; the mask of what is kept, None if p is 0; what to multiply with afterwards.
         """
-        key = (x._version, dtype, p)
-        if self.last and self.last[0]() is x and self.last[1] == key:
-            return self.last[2]
-        rows = x.detach().flatten(0, -2).to(dtype)
         dropped = min(round(p * LEVELS), LEVELS - 1)
-        mask = keep_mask(rows, dropped) if dropped else None
-        found = (rows if mask is None else rows * mask, mask, LEVELS / (LEVELS - dropped))
-        self.last = (weakref.ref(x, self._forget), key, found)
-        return found
+        if not dropped:
+            return x.detach().flatten(0, -2).to(dtype), None, 1.0
+        version = 0 if x.is_inference() else x._version  # which counts changes in place
+        key = (version, dtype, p)
+        if not self.last or self.last[0]() is not x or self.last[1] != key:
+            rows = x.detach().flatten(0, -2).to(dtype)
+            mask = keep_mask(rows, dropped)
+            found = (rows * mask, mask, LEVELS / (LEVELS - dropped))
+            self.last = (weakref.ref(x, self._forget), key, found)
+        return self.last[2]
 
     def _forget(self, _: Any) -> None:
         self.last = ()

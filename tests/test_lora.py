@@ -166,5 +166,9 @@ def test_no_dropout_outside_of_training_or_once_it_is_switched_off():
     with torch.no_grad():
         assert not torch.equal(model(IDS).logits, model(IDS).logits)
         expected = model.eval()(IDS).logits
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, expected)
+        assert not torch.equal(model.train()(IDS).logits, expected)
+    with torch.no_grad():
         without_dropout(model)
         assert torch.equal(model.train()(IDS).logits, expected)
