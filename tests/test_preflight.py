@@ -260,8 +260,10 @@ def test_an_impossible_wait_is_refused(text, monkeypatch):
 def test_two_processes_add_up_what_they_hold():
     command = [sys.executable, str(ROOT / "tools/preflight.py"), "--num_processes", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
     assert "all-reduce of 4 MiB over 2 processes by gloo" in done.stdout and "passed in" in done.stdout
 
 
