@@ -15,7 +15,7 @@ import signal
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import httpx
@@ -46,23 +46,9 @@ HANG_SECONDS = 60
 CHECKS = []  # (property, its strategies)
 
 
-def check(*strategies):
-    def register(function):
-        CHECKS.append((function, strategies))
-        return function
-
-    return register
-
-
-def draw(function, strategies, **profile) -> None:
-    healthy = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    profile = {"deadline": None, "database": None, "suppress_health_check": healthy, **profile}
-    settings(**profile)(given(*strategies)(function))()
-
-
 @contextmanager
 def no_hang():
-    """Ends what takes a minute."""
+    """Ends an example that takes a minute."""
 
     def stop(*_):
         raise TimeoutError(f"no end within {HANG_SECONDS} s")
@@ -74,6 +60,25 @@ def no_hang():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def check(*strategies):
+    def register(function):
+        @wraps(function)
+        def timed(*values, **named):
+            with no_hang():
+                function(*values, **named)
+
+        CHECKS.append((timed, strategies))
+        return function
+
+    return register
+
+
+def draw(function, strategies, **profile) -> None:
+    healthy = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+    profile = {"deadline": None, "database": None, "suppress_health_check": healthy, **profile}
+    settings(**profile)(given(*strategies)(function))()
 
 
 # What is drawn
@@ -471,27 +476,26 @@ UNITS = (
 )
 def no_pattern_runs_away_on_long_repetitions(unit, around):
     long = around[0] + unit * (8000 // len(unit)) + around[1]
-    with no_hang():
-        extract_choice(long, OPTIONS)
-        red_flags.find_red_flags(long)
-        mask_personal_data(long)
-        check_citations(long, [])
-        for item in (
-            {"text": long},
-            {"question": long, "answer": "A"},
-            {"question": "x", "options": long, "answer": "A"},
-        ):
-            for name in ("exam", "facts"):
-                try:
-                    TASKS[name].parse(item)
-                except BadRow:
-                    pass
-        for schema in ("text", "conversation"):
+    extract_choice(long, OPTIONS)
+    red_flags.find_red_flags(long)
+    mask_personal_data(long)
+    check_citations(long, [])
+    for item in (
+        {"text": long},
+        {"question": long, "answer": "A"},
+        {"question": "x", "options": long, "answer": "A"},
+    ):
+        for name in ("exam", "facts"):
             try:
-                canonical_rows({"text": long, "instruction": long, "output": long}, schema, {}, Counter())
+                TASKS[name].parse(item)
             except BadRow:
                 pass
-        list(cut_passages([Section("f", "t", long)], 200))
+    for schema in ("text", "conversation"):
+        try:
+            canonical_rows({"text": long, "instruction": long, "output": long}, schema, {}, Counter())
+        except BadRow:
+            pass
+    list(cut_passages([Section("f", "t", long)], 200))
 
 
 # Templates and encoding
@@ -598,8 +602,7 @@ def requests_are_answered_or_refused_with_a_message(path, body, kind):
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=HANG_SECONDS) as client:
             return await client.post(path, content=body, headers={"content-type": kind} if kind else {})
 
-    with no_hang():
-        response = asyncio.run(ask())
+    response = asyncio.run(ask())
     assert response.status_code in (200, 400, 404, 413, 415)
     if response.status_code != 200:
         error = response.json()["error"]
