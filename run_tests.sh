@@ -3,7 +3,7 @@
 #     bash run_tests.sh            lint, types, all tests but slow ones (20 minutes on two cores)
 #     bash run_tests.sh --fast     two minutes: no training, no second process, no set-up
 #     bash run_tests.sh --all      everything
-#     bash run_tests.sh --reliability   faults injected into real runs, the long form, with a table (half an hour)
+#     bash run_tests.sh --reliability   faults injected into real runs, the long form, with a table (7 to 30 minutes)
 # Further arguments go to pytest: bash run_tests.sh -k template
 set -eu
 cd "$(dirname "$0")"
