@@ -2,17 +2,17 @@
 
 PEFT takes several passes for it: the input to float32 and back, a mask of dropout in doubles, the (T, out) product
 scaled and then added. On a CPU with fast bfloat16 most of a training step goes there. The arithmetic here is PEFT's but
-for the precision of the input of dropout, and the mask is drawn otherwise: layers that read the same tensor, as the
-queries, keys and values of attention do, drop the same elements of it.
+for the precision of the input of dropout. What is dropped is drawn otherwise: layers that read the same tensor, as the
+queries, keys and values of attention do, drop the same elements of it, and of few elements the places are drawn.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
@@ -20,7 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 # PEFT's layers that are base + scaling * B(A(dropout(x))): over a linear layer, int8, NF4 and two bits
 LAYERS = ("Linear", "Linear8bitLt", "Linear4bit", "HqqLoraLinear")
-LEVELS = 2**16  # of the chance to be dropped, which is right to 1e-5
+# Up to this chance, and from so many elements on, places to drop take less time and memory than a mask of all elements
+MOST_BY_PLACE, FEWEST_BY_PLACE = 0.2, 1000
 
 
 def fuse_lora(model: Any) -> None:
@@ -52,8 +53,8 @@ def forward(layer: Any, original: Any, shared: Dropout, x: torch.Tensor, *args: 
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-    rows, mask, scale = shared(x, dtype, p)
-    return AddLora.apply(layer.base_layer(x), x, rows, mask, a, b, layer.scaling[name] * scale)
+    rows, dropped, scale = shared(x, dtype, p)
+    return AddLora.apply(layer.base_layer(x), x, rows, dropped, a, b, layer.scaling[name] * scale)
 
 
 class Dropout:
@@ -72,18 +73,16 @@ class Dropout:
             p: chance of an element to be dropped.
 
         Returns:
-            (rows, in), detached from x; the mask of what is kept, None if p is 0; what to multiply with afterwards.
+            (rows, in), detached from x; what `draw` dropped, None if p is 0; what to multiply with afterwards.
         """
-        dropped = min(round(p * LEVELS), LEVELS - 1)
-        if not dropped:
+        if not p:
             return x.detach().flatten(0, -2).to(dtype), None, 1.0
         version = 0 if x.is_inference() else x._version  # which counts changes in place
         key = (version, dtype, p)
         if not self.last or self.last[0]() is not x or self.last[1] != key:
-            rows = x.detach().flatten(0, -2).to(dtype)
-            mask = keep_mask(rows, dropped)
-            found = (rows * mask, mask, LEVELS / (LEVELS - dropped))
-            self.last = (weakref.ref(x, self._forget), key, found)
+            rows = x.detach().flatten(0, -2).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            dropped, kept = draw(rows, p)
+            self.last = (weakref.ref(x, self._forget), key, (drop_(rows, dropped), dropped, 1 / kept))
         return self.last[2]
 
     def _forget(self, _: Any) -> None:
@@ -99,7 +98,7 @@ class AddLora(torch.autograd.Function):
         result: torch.Tensor,
         x: torch.Tensor,
         rows: torch.Tensor,
-        mask: torch.Tensor | None,
+        dropped: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
@@ -108,44 +107,50 @@ class AddLora(torch.autograd.Function):
         Args:
             result: (..., out), of the base layer.
             x: (..., in); only its gradient is computed here.
-            rows, mask: what dropout left of x, and where.
+            rows, dropped: what dropout left of x, and where it dropped.
             a, b: (r, in) and (out, r).
         """
         ctx.types = (x.dtype, a.dtype, b.dtype)
         a, b = a.to(rows.dtype), b.to(rows.dtype)
         ctx.scaling = scaling
         low = rows @ a.t()
-        ctx.save_for_backward(rows, mask, low, a, b)
+        ctx.save_for_backward(rows, dropped, low, a, b)
         found = torch.addmm(result.flatten(0, -2).to(rows.dtype), low, b.t(), alpha=scaling)
         return found.view(result.shape).to(result.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, mask, low, a, b = ctx.saved_tensors
+        rows, dropped, low, a, b = ctx.saved_tensors
         into_x, into_a, into_b = ctx.types
         outer = gradient.flatten(0, -2).to(b.dtype)
         inner = (outer @ b) * ctx.scaling
         to_x = None
         if ctx.needs_input_grad[1]:
             to_x = inner @ a
-            to_x = to_x if mask is None else to_x.mul_(mask)
+            to_x = to_x if dropped is None else drop_(to_x, dropped)
             to_x = to_x.view(*gradient.shape[:-1], -1).to(into_x)
         to_a, to_b = inner.t() @ rows, (outer.t() @ low) * ctx.scaling
         return gradient, to_x, None, None, to_a.to(into_a), to_b.to(into_b), None
 
 
-def keep_mask(x: torch.Tensor, dropped: int) -> torch.Tensor:
-    """0 where an element of x is dropped, 1 elsewhere, in the shape of x; on a CPU also in its type, which is faster.
+def draw(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+    """Choose the elements of x to drop, each with the chance p, or the nearest that a whole number of draws gives.
 
-    `dropped` of LEVELS elements are, 1 to LEVELS - 1. On a CPU 16 bits an element, from a fast generator that torch's
-    seeds, compared by whole-number steps that the processor takes for many elements at once: a fifth of the time of
-    `bernoulli_`, which draws doubles.
+    Returns:
+        their places in x laid flat, drawn with repetition, or, of many, a mask of what is kept; the chance to be kept.
     """
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropped / LEVELS)
     count = x.numel()
-    generator = np.random.SFC64(torch.randint(2**62, ()).item())
-    bits = torch.from_numpy(generator.random_raw(-(-count // 4)).view(np.int16))[:count]
-    first_kept = dropped - LEVELS // 2
-    return bits.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).to(x.dtype).view(x.shape)
+    if p > MOST_BY_PLACE or count < FEWEST_BY_PLACE:
+        kept = torch.empty_like(x, dtype=x.dtype if x.device.type == "cpu" else torch.bool)
+        return kept.bernoulli_(1 - p), max(1 - p, 1e-9)
+    draws = round(math.log1p(-p) / math.log1p(-1 / count))  # (1 - 1 / count) ** draws = 1 - p
+    return torch.randint(count, (draws,), device=x.device), (1 - 1 / count) ** draws
+
+
+def drop_(x: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Set to 0, in place, what `draw` chose; x is contiguous."""
+    if dropped.dtype == torch.int64:
+        x.view(-1).index_fill_(0, dropped, 0)
+        return x
+    return x.mul_(dropped)

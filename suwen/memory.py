@@ -27,12 +27,14 @@ of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from suwen.attention import SHORT
 from suwen.head import chunk_rows
+from suwen.lora import MOST_BY_PLACE
 
 HEAD_COPIES = 1  # of a chunk of logits, in float32: log-probabilities and slopes take their place
 DRAWING_COPIES = 3  # of the next tokens' logits: themselves, as they are filtered, their probabilities
@@ -204,7 +206,7 @@ def layer_bytes_per_token(shape: Shape, setting: Setting) -> int:
     - norms: their float32 input, twice h; with trained weights also the normalised input, twice h;
     - inputs of the projections: trained in float32 one for q, k, v and one for gate, up (2h); under autocast a copy for
       each of the five (5h e); with LoRA one for q, k, v, one for the output, one for gate, up and one for the last, e,
-      and with its dropout a mask for each of the seven (1 byte on a GPU, e on a CPU);
+      and with its dropout the places that are dropped (8 bytes each), of many a mask (1 byte on a GPU, e on a CPU);
     - attention: q, k, v and its result, e (2q + 2k); of short segments in bfloat16 on a CPU also the probabilities;
     - the gated MLP: gate, its activation, up and, where the last projection is trained or adapted, their product.
     """
@@ -214,8 +216,9 @@ def layer_bytes_per_token(shape: Shape, setting: Setting) -> int:
         saved += e * shape.heads * min(SHORT, setting.row_tokens or setting.tokens)
     if not setting.use_peft:
         return saved + 4 * 2 * h + (4 * 2 * h if e == 4 else e * 5 * h) + e * f
-    mask = 0 if not setting.lora_dropout else 1 if setting.device == "cuda" else e
-    return saved + e * (2 * h + q + f) + mask * (5 * h + q + f)
+    p = setting.lora_dropout
+    dropped = -8 * math.log1p(-p) if p <= MOST_BY_PLACE else 1 if setting.device == "cuda" else e
+    return saved + round((e + dropped) * (2 * h + q + f))
 
 
 @dataclass

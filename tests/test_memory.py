@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -87,15 +88,17 @@ def test_saved_activations_of_a_layer_are_those_counted_by_hand():
     # float32, all trained: residual, normalised and scaled input of both norms; q, k, v, mixed; gate, act, up, product
     full = Setting(precision="fp32", device="cpu")
     assert layer_bytes_per_token(SHAPE, full) == 4 * (6 * 256 + 2 * 256 + 2 * 64 + 4 * 512)
-    # LoRA: residual of both norms; what they give; q, k, v, mixed, joined; gate, act, up, product; seven masks
+    # LoRA: residual of both norms; what they give; q, k, v, mixed, joined; gate, act, up, product
     frozen = Setting(precision="fp32", device="cpu", use_peft=True, lora_dropout=0.0)
     assert layer_bytes_per_token(SHAPE, frozen) == 4 * (4 * 256 + 3 * 256 + 2 * 64 + 4 * 512)
-    dropping = dataclasses.replace(frozen, lora_dropout=0.05)
-    masks = 6 * 256 + 512
-    assert layer_bytes_per_token(SHAPE, dropping) == layer_bytes_per_token(SHAPE, frozen) + 4 * masks
-    on_gpu = dataclasses.replace(dropping, device="cuda", precision="bf16")
+    # dropout of the inputs of q, k, v, of the output, of gate, up and of the last: places, of many elements masks
+    inputs = 3 * 256 + 512
     without = dataclasses.replace(frozen, device="cuda", precision="bf16")
-    assert layer_bytes_per_token(SHAPE, on_gpu) == layer_bytes_per_token(SHAPE, without) + masks
+    for setting, bytes_of_mask in ((frozen, 4), (without, 1)):
+        few, many = (dataclasses.replace(setting, lora_dropout=p) for p in (0.05, 0.5))
+        plain = layer_bytes_per_token(SHAPE, setting)
+        assert layer_bytes_per_token(SHAPE, few) == plain + round(8 * -math.log(0.95) * inputs)
+        assert layer_bytes_per_token(SHAPE, many) == plain + bytes_of_mask * inputs
     # bfloat16 on a CPU: also the probabilities of segments of up to 512 tokens, of every head
     short = dataclasses.replace(without, device="cpu", row_tokens=100)
     assert layer_bytes_per_token(SHAPE, short) == layer_bytes_per_token(SHAPE, without) + 2 * SHAPE.heads * 100
