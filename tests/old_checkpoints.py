@@ -214,3 +214,22 @@ def train_sentencepiece(lines: int = 600, **flags) -> bytes:
         **options | flags,
     )
     return model.getvalue()
+
+
+@lru_cache
+def merged_sentencepiece() -> bytes:
+    """Pieces of a second model appended with one score to those of `first_sentencepiece`, as Chinese-LLaMA merges."""
+    import sentencepiece.sentencepiece_model_pb2 as protocol
+
+    first = protocol.ModelProto.FromString(first_sentencepiece())
+    second = protocol.ModelProto.FromString(train_sentencepiece())
+    known = {piece.piece for piece in first.pieces}
+    for piece in second.pieces:
+        if piece.piece not in known and piece.type == 1:
+            new = first.pieces.add()
+            new.piece, new.score = piece.piece, 0.0
+    return first.SerializeToString()
+
+
+def first_sentencepiece() -> bytes:
+    return train_sentencepiece(lines=20, vocab_size=1000)

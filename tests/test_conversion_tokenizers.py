@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from old_checkpoints import merged_sentencepiece
 from old_checkpoints import train_sentencepiece as train
+from tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
 import suwen.architectures  # noqa: F401  (registers its classes)
@@ -20,7 +22,7 @@ from suwen.conversion.tiktoken import is_tiktoken
 from suwen.conversion.tokenizer_files import QWEN_CONTROL
 from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.embedded import sample_texts
-from suwen.encoding import ChatEncoder
+from suwen.encoding import ChatEncoder, encode_document
 
 pytestmark = pytest.mark.training
 
@@ -78,23 +80,9 @@ def test_a_word_that_the_user_defined_takes_no_blank_behind_it(tmp_path):
     assert tokenizer("预防糖尿病足护理").input_ids == original.encode("预防糖尿病足护理")
 
 
-def merged_model() -> bytes:
-    """Pieces of a second model appended with one score, as Chinese-LLaMA's merge does it."""
-    import sentencepiece.sentencepiece_model_pb2 as protocol
-
-    first = protocol.ModelProto.FromString(train(lines=20, vocab_size=1000))
-    second = protocol.ModelProto.FromString(train())
-    known = {piece.piece for piece in first.pieces}
-    for piece in second.pieces:
-        if piece.piece not in known and piece.type == 1:
-            new = first.pieces.add()
-            new.piece, new.score = piece.piece, 0.0
-    return first.SerializeToString()
-
-
 def test_a_merged_vocabulary_goes_on_with_the_sentencepiece_library(tmp_path):
     """Its pieces share a score, so that the leftmost pair merges first, which no fast tokenizer can express."""
-    model = merged_model()
+    model = merged_sentencepiece()
     folder = folder_with(tmp_path, model, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>")
     tokenizer, summary = convert(folder, tmp_path, "yi")
     assert "cut by the sentencepiece library itself" in summary
@@ -111,7 +99,7 @@ def test_a_merged_vocabulary_goes_on_with_the_sentencepiece_library(tmp_path):
 
 
 def test_a_tokenizer_on_the_library_itself_encodes_conversations(tmp_path):
-    folder = folder_with(tmp_path, merged_model(), tokenizer_class="LlamaTokenizer")
+    folder = folder_with(tmp_path, merged_sentencepiece(), tokenizer_class="LlamaTokenizer")
     tokenizer, _ = convert(folder, tmp_path, "yi")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"  # fmt: skip
@@ -126,10 +114,37 @@ def test_chatglm2_gets_its_control_tokens_and_its_prefix(tmp_path):
     model = train()
     size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
     tokenizer, _ = convert(folder_with(tmp_path, model, tokenizer_class="ChatGLMTokenizer"), tmp_path, "chatglm2")
-    control = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+    control = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
     assert tokenizer.convert_tokens_to_ids(control) == list(range(size, size + 5))
     assert tokenizer("发热").input_ids[:2] == [size + 1, size + 3]
     assert tokenizer.pad_token == "<unk>" and "问：" in tokenizer.chat_template
+
+
+def test_words_that_hold_the_name_of_a_chatglm_token_are_cut_as_sentencepiece_cuts_them(tmp_path):
+    text = "people esophagus isopropyl 先写 sop 再写 eop"
+    model = train()
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = original.get_piece_size()
+    # As the folder of ChatGLM3 names some of its tokens, and its chat template
+    added = {
+        str(size + i): {"content": token} for i, token in ((1, "[gMASK]"), (3, "sop"), (4, "eop"), (6, "<|user|>"))
+    }
+    chat = "[gMASK]sop{% for m in messages %}<|{{ m.role }}|>\n {{ m.content }}{% endfor %}" \
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"  # fmt: skip
+    folder = folder_with(tmp_path, model, added_tokens_decoder=added, chat_template=chat)
+    tokenizer, _ = convert(folder, tmp_path, "chatglm3")
+    assert tokenizer(text, add_special_tokens=False).input_ids == original.encode(text)
+    assert encode_document(text, tokenizer) == [size + 1, size + 3, *original.encode(text), tokenizer.eos_token_id]
+    prompt = ChatEncoder(tokenizer).encode_prompt([{"role": "user", "content": text}])
+    assert prompt == [size + 1, size + 3, size + 6, *original.encode(f"\n {text}"), size + 7]
+    assert tokenizer.convert_ids_to_tokens([size, size + 2, size + 5]) == ["[MASK]", "[sMASK]", "<|system|>"]
+
+
+def test_lines_that_spell_control_tokens_are_counted_as_not_compared(tmp_path):
+    folder, target = folder_with(tmp_path, train()), tmp_path / "new"
+    target.mkdir()
+    summary = convert_tokenizer(folder, target, FAMILIES["chatglm2"], ["people", "[gMASK] 发热", "用 <eop> 结束"])
+    assert "lines agree; 2 that spell control tokens were not compared" in summary
 
 
 def test_chatglm_spells_line_breaks_tabs_and_blanks(tmp_path):
@@ -254,8 +269,6 @@ def test_a_tokenizer_that_nothing_reproduces_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_complete_tokenizer_json_is_taken_as_it_is(tmp_path):
-    from tiny import tiny_tokenizer
-
     tokenizer = tiny_tokenizer(["<|im_start|>", "<|im_end|>"])
     folder = tmp_path / "old"
     tokenizer.save_pretrained(folder)

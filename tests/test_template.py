@@ -300,24 +300,26 @@ GOLDEN = [
         True,
         "你是医生。\n[Round 0]\n问：头痛怎么办？\n答：多休息。\n[Round 1]\n问：要吃药吗？\n答：[gMASK]<sop>",
     ),
-    # FastChat chatglm2; [gMASK]sop in front and EOS at the end: build_prompt and build_inputs_with_special_tokens of
-    # the tokenizer (a copy: bq-xiao/chatglm2-6b-model@06510a8 tokenization_chatglm.py)
-    ("chatglm2", FIRST, False, "[gMASK]sop[Round 1]\n\n问：头痛怎么办？\n\n答：多休息。</s>"),
+    # FastChat chatglm2; [gMASK]sop, here [gMASK]<sop>, in front and EOS at the end: build_prompt and
+    # build_inputs_with_special_tokens of the tokenizer (a copy: bq-xiao/chatglm2-6b-model@06510a8
+    # tokenization_chatglm.py)
+    ("chatglm2", FIRST, False, "[gMASK]<sop>[Round 1]\n\n问：头痛怎么办？\n\n答：多休息。</s>"),
     (
         "chatglm2",
         FIRST + SECOND,
         False,
-        "[gMASK]sop[Round 1]\n\n问：头痛怎么办？\n\n答：多休息。\n\n"
+        "[gMASK]<sop>[Round 1]\n\n问：头痛怎么办？\n\n答：多休息。\n\n"
         "[Round 2]\n\n问：要吃药吗？\n\n答：可以服用布洛芬。</s>",
     ),
     (
         "chatglm2",
         [SYSTEM] + FIRST + SECOND[:1],
         True,
-        "[gMASK]sop你是医生。\n\n[Round 1]\n\n问：头痛怎么办？\n\n答：多休息。\n\n[Round 2]\n\n问：要吃药吗？\n\n答：",
+        "[gMASK]<sop>你是医生。\n\n[Round 1]\n\n问：头痛怎么办？\n\n答：多休息。\n\n"
+        "[Round 2]\n\n问：要吃药吗？\n\n答：",
     ),
     # ggml-org/llama.cpp@03f94f1 tests/test-chat-template.cpp, "ChatGLM3": the chat template of THUDM/chatglm3-6b and
-    # what it must give
+    # what it must give, with <sop> for sop
     (
         "chatglm3",
         [
@@ -329,8 +331,8 @@ GOLDEN = [
             {"role": "user", "content": "Another question"},
         ],
         True,
-        "[gMASK]sop<|system|>\n You are a helpful assistant<|user|>\n Hello<|assistant|>\n Hi there<|user|>\n Who are "
-        "you<|assistant|>\n    I am an assistant   <|user|>\n Another question<|assistant|>",
+        "[gMASK]<sop><|system|>\n You are a helpful assistant<|user|>\n Hello<|assistant|>\n Hi there<|user|>\n Who "
+        "are you<|assistant|>\n    I am an assistant   <|user|>\n Another question<|assistant|>",
     ),
     # xinference glm4-chat and glm4-0414
     ("glm4", FIRST, False, "[gMASK]<sop><|user|>\n头痛怎么办？<|assistant|>\n多休息。"),

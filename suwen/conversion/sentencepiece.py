@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from suwen.conversion.families import Family
-from suwen.conversion.tokenizer_files import Source, add_control, first_difference, read_source, save, test_lines
+from suwen.conversion.tokenizer_files import (
+    Source,
+    add_control,
+    comparable,
+    first_difference,
+    read_source,
+    save,
+    test_lines,
+)
 from suwen.conversion.weights import read_json
 
 
@@ -39,7 +47,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
         names = {"\n": "<n>", "\t": "<|tab|>"} | {" " * i: f"<|blank_{i}|>" for i in range(2, 81)}
         source.spelling = {text: piece for text, piece in names.items() if piece in set(pieces)}
     if family.name in ("chatglm2", "chatglm3"):
-        source.prefix = ["[gMASK]", "sop"]
+        source.prefix = ["[gMASK]", "<sop>"]
         source.names |= {"pad_token": source.names.get("unk_token", pieces[0])}
     elif "prefix_tokens" not in settings and settings.get(
         "add_bos_token", settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -49,17 +57,14 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
     def reference(text: str) -> list[int]:
         return processor.encode(spell(text, source.spelling), out_type=int)
 
-    control = set(source.control.values())
-    tried = [line for line in [*test_lines(lines), *piece_lines(proto)] if not any(token in line for token in control)]
+    tried, agreement = comparable([*test_lines(lines), *piece_lines(proto)], source)
     problem = "the text is spelt anew before it is cut" if source.spelling else None
     if problem is None:
         save(fast_from_proto(proto, source), target, source, family)
         problem = first_difference(target, tried, reference, processor.decode, processor.unk_id())
         if problem is None:
             (target / "tokenizer.model").write_bytes(proto.SerializeToString())  # for programs that read it instead
-            return (
-                f"tokenizer: sentencepiece model of {len(pieces)} pieces, as a fast tokenizer; {len(tried)} lines agree"
-            )
+            return f"tokenizer: sentencepiece model of {len(pieces)} pieces, as a fast tokenizer; {agreement}"
         for file in target.glob("*token*"):
             file.unlink()
     (target / "tokenizer.model").write_bytes(proto.SerializeToString())
@@ -78,7 +83,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
         raise ValueError(f"{folder}: no engine reproduces this tokenizer: {again}")
     return (
         f"tokenizer: sentencepiece model of {len(pieces)} pieces, cut by the sentencepiece library itself, as the fast "
-        f"engine does not cut alike ({problem}); {len(tried)} lines agree"
+        f"engine does not cut alike ({problem}); {agreement}"
     )
 
 

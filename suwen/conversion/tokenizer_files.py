@@ -21,9 +21,12 @@ ODD_LINES = (
     "😀👩‍⚕️🩺", "𠮷野家 㐂 龘", "カタカナ ｶﾀｶﾅ 한국어 العربية עברית हिन्दी", "a\u200bb\u00a0c\ufeffd\u3000e",
     "...!!!？？？——……「」『』", "def f(x):\n    return x ** 2\n", "https://example.org/a?b=c&d=%E4%BD%A0",
     "1234567890 3.14159 1,000,000", "▁ ▁▁a ▁", "I'm you're we'll THEY'VE it's", "\x01\x7f控制符",
-    "－1～2°C  ±  ≥  μg", "ＩＣＤ－１０：Ｉ１０.Ｘ００",
+    "－1～2°C  ±  ≥  μg", "ＩＣＤ－１０：Ｉ１０.Ｘ００", "people esophagus isopropyl",
 )  # fmt: skip
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+# ChatGLM2 and 3 name two control tokens by bare words, which their code never looks for in a text. A tokenizer that is
+# not code finds every control token by its name, and would cut "people" and "esophagus" there.
+GLM_NAMES = {"sop": "<sop>", "eop": "<eop>"}
 GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 GLM4_CONTROL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *GLM_ROLES, "<|begin_of_image|>",
                 "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")  # fmt: skip
@@ -67,16 +70,20 @@ def read_source(folder: Path, family: Family, pieces: list[str], control: dict[i
     control = dict(control)
     added = {int(key): value["content"] for key, value in settings.get("added_tokens_decoder", {}).items()}
     added |= {value: key for key, value in read_json(folder / "added_tokens.json").items()}
-    control |= added
+    named_by_words = family.name in ("chatglm2", "chatglm3")
+    control |= {key: GLM_NAMES.get(token, token) if named_by_words else token for key, token in added.items()}
     place = {piece: i for i, piece in enumerate(pieces)}
     spoken = get_template(family.template).special_tokens if family.template else ()
     control |= {place[token]: token for token in [*names.values(), *spoken] if token in place}
-    for token in listed_control(folder, family):
-        if token not in place and token not in control.values():
-            control[max([len(pieces) - 1, *control]) + 1] = token
+    listed = [token for token in listed_control(folder, family) if token not in place]
+    for token_id, token in enumerate(listed, start=len(pieces)):
+        if token not in control.values():
+            control.setdefault(token_id, token)
     template = settings.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if named_by_words and isinstance(template, str):
+        template = template.replace("[gMASK]sop", "[gMASK]<sop>")
     return Source(
         control=dict(sorted(control.items())),
         names=names,
@@ -91,7 +98,7 @@ def listed_control(folder: Path, family: Family) -> tuple[str, ...]:
     if family.name in ("chatglm2", "chatglm3"):
         code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("tokenization_*.py"))
         roles = GLM_ROLES if family.name == "chatglm3" or GLM_ROLES[1] in code else ()
-        return ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *roles)
+        return ("[MASK]", "[gMASK]", "[sMASK]", *GLM_NAMES.values(), *roles)
     return {"qwen": QWEN_CONTROL, "glm4": GLM4_CONTROL}.get(family.name, ())
 
 
@@ -134,6 +141,14 @@ def test_lines(lines: list[str]) -> list[str]:
     from suwen.embedded import sample_texts
 
     return [*ODD_LINES, *islice(sample_texts(), SAMPLE_LINES), *lines]
+
+
+def comparable(lines: list[str], source: Source) -> tuple[list[str], str]:
+    """The lines that spell no control token, which the reference would cut as text; and the count of both in words."""
+    kept = [line for line in lines if not any(token in line for token in source.control.values())]
+    skipped = len(lines) - len(kept)
+    told = f"; {skipped} that spell control tokens were not compared" if skipped else ""
+    return kept, f"{len(kept)} lines agree{told}"
 
 
 def first_difference(
