@@ -19,10 +19,10 @@ import suwen.architectures  # noqa: F401  (registers its classes)
 from suwen.conversion.families import FAMILIES
 from suwen.conversion.sentencepiece import read_proto
 from suwen.conversion.tiktoken import is_tiktoken
-from suwen.conversion.tokenizer_files import QWEN_CONTROL
+from suwen.conversion.tokenizer_files import QWEN_CONTROL, first_difference
 from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.embedded import sample_texts
-from suwen.encoding import ChatEncoder, encode_document
+from suwen.encoding import ChatEncoder, default_beginning, encode_document
 
 pytestmark = pytest.mark.training
 
@@ -145,6 +145,55 @@ def test_lines_that_spell_control_tokens_are_counted_as_not_compared(tmp_path):
     target.mkdir()
     summary = convert_tokenizer(folder, target, FAMILIES["chatglm2"], ["people", "[gMASK] 发热", "用 <eop> 结束"])
     assert "lines agree; 2 that spell control tokens were not compared" in summary
+
+
+INTERNLM2_CODE = "def __init__(self, vocab_file, add_bos_token=True, add_eos_token=False): pass"
+BAICHUAN_CODE = "def __init__(self, vocab_file, add_bos_token: bool = False): pass"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "code", "prefix"),
+    [
+        ("internlm2", {"tokenizer_class": "InternLM2Tokenizer"}, "", ["<s>"]),
+        ("internlm2", {"tokenizer_class": "InternLM2Tokenizer"}, INTERNLM2_CODE, ["<s>"]),
+        ("internlm2", {"tokenizer_class": "InternLM2Tokenizer", "add_bos_token": False}, INTERNLM2_CODE, []),
+        ("baichuan-13b", {"tokenizer_class": "BaichuanTokenizer"}, BAICHUAN_CODE, []),
+        ("baichuan2-7b", {"tokenizer_class": "BaichuanTokenizer", "add_bos_token": False}, INTERNLM2_CODE, []),
+        ("yi", {"tokenizer_class": "YiTokenizer", "add_bos_token": False}, "", []),
+        ("yi", {"tokenizer_class": "YiTokenizer"}, "", ["<s>"]),
+        ("orion", {"tokenizer_class": "OrionTokenizer"}, "", ["<s>"]),
+        ("xverse", {}, "", []),
+        ("chatglm2", {"tokenizer_class": "ChatGLMTokenizer"}, "", ["[gMASK]", "<sop>"]),
+        ("chatglm3", {"tokenizer_class": "ChatGLMTokenizer"}, "", ["[gMASK]", "<sop>"]),
+        ("glm4", {"tokenizer_class": "ChatGLM4Tokenizer"}, "", ["[gMASK]", "<sop>"]),
+        ("qwen", {"tokenizer_class": "QWenTokenizer"}, "", []),
+        ("deepseek-moe", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, "", ["<s>"]),
+        ("deepseek-moe", {"tokenizer_class": "LlamaTokenizerFast"}, "", ["<s>"]),
+        ("deepseek-moe", {"tokenizer_class": "PreTrainedTokenizerFast"}, "", []),
+    ],
+)
+def test_what_a_tokenizer_puts_before_a_text_by_itself_is_kept(family, settings, code, prefix, tmp_path):
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    if family in ("glm4", "qwen"):
+        name = "tokenizer.model" if family == "glm4" else "qwen.tiktoken"
+        folder = folder_with(tmp_path, tiktoken_file(byte_ranks()), name, **settings)
+    elif family == "deepseek-moe":
+        folder = tmp_path / "old"
+        tiny_tokenizer().save_pretrained(folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    else:
+        folder = folder_with(tmp_path, train(), **names, **settings)
+    (folder / "tokenization_code.py").write_text(code)
+    tokenizer, _ = convert(folder, tmp_path, family)
+    assert tokenizer.convert_ids_to_tokens(default_beginning(tokenizer)) == prefix
+    assert encode_document("发热", tokenizer)[: len(prefix)] == tokenizer.convert_tokens_to_ids(prefix)
+
+
+def test_a_written_tokenizer_without_its_prefix_is_found_out(tmp_path):
+    tokenizer, _ = convert(folder_with(tmp_path, train()), tmp_path, "xverse")
+    original = sentencepiece.SentencePieceProcessor(model_proto=train())
+    problem = first_difference(tmp_path / "new", ["发热"], original.encode, ["<s>"])
+    assert "expected ['<s>']" in problem
 
 
 def test_chatglm_spells_line_breaks_tabs_and_blanks(tmp_path):

@@ -11,6 +11,7 @@ from suwen.conversion.tokenizer_files import (
     Source,
     add_control,
     comparable,
+    find_prefix,
     first_difference,
     read_source,
     save,
@@ -47,12 +48,8 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
         names = {"\n": "<n>", "\t": "<|tab|>"} | {" " * i: f"<|blank_{i}|>" for i in range(2, 81)}
         source.spelling = {text: piece for text, piece in names.items() if piece in set(pieces)}
     if family.name in ("chatglm2", "chatglm3"):
-        source.prefix = ["[gMASK]", "<sop>"]
         source.names |= {"pad_token": source.names.get("unk_token", pieces[0])}
-    elif "prefix_tokens" not in settings and settings.get(
-        "add_bos_token", settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-    ):
-        source.prefix = [source.names["bos_token"]]
+    source.prefix = find_prefix(folder, family, source.names) or []
 
     def reference(text: str) -> list[int]:
         return processor.encode(spell(text, source.spelling), out_type=int)
@@ -61,7 +58,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
     problem = "the text is spelt anew before it is cut" if source.spelling else None
     if problem is None:
         save(fast_from_proto(proto, source), target, source, family)
-        problem = first_difference(target, tried, reference, processor.decode, processor.unk_id())
+        problem = first_difference(target, tried, reference, source.prefix, processor.decode, processor.unk_id())
         if problem is None:
             (target / "tokenizer.model").write_bytes(proto.SerializeToString())  # for programs that read it instead
             return f"tokenizer: sentencepiece model of {len(pieces)} pieces, as a fast tokenizer; {agreement}"
@@ -79,7 +76,7 @@ def convert_sentencepiece(folder: Path, model: Path, target: Path, family: Famil
         if tokenizer.convert_tokens_to_ids(token) != token_id:
             raise ValueError(f"{folder}: token {token!r} should have id {token_id}; ids with gaps are not supported")
     save(tokenizer, target, source, family)
-    if again := first_difference(target, tried, reference):
+    if again := first_difference(target, tried, reference, source.prefix):
         raise ValueError(f"{folder}: no engine reproduces this tokenizer: {again}")
     return (
         f"tokenizer: sentencepiece model of {len(pieces)} pieces, cut by the sentencepiece library itself, as the fast "
@@ -104,7 +101,7 @@ def read_proto(path: Path) -> Any:
 
 def fast_from_proto(proto: Any, source: Source) -> Any:
     """The fast tokenizer that a sentencepiece model describes, flags and all."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     flags, kind = proto.normalizer_spec, proto.trainer_spec.model_type
     if kind not in (1, 2):
@@ -137,9 +134,6 @@ def fast_from_proto(proto: Any, source: Source) -> Any:
     # User-defined pieces (type 4) are found in the text before anything is merged.
     user = [AddedToken(p.piece, normalized=False, special=False) for p in proto.pieces if p.type == 4]
     add_control(tokenizer, source, user)
-    if source.prefix:
-        ids = [(token, tokenizer.token_to_id(token)) for token in source.prefix]
-        tokenizer.post_processor = processors.TemplateProcessing(single=[*source.prefix, "$A"], special_tokens=ids)
     return tokenizer
 
 

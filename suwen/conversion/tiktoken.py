@@ -7,7 +7,15 @@ import unicodedata
 from pathlib import Path
 
 from suwen.conversion.families import Family
-from suwen.conversion.tokenizer_files import add_control, comparable, first_difference, read_source, save, test_lines
+from suwen.conversion.tokenizer_files import (
+    add_control,
+    comparable,
+    find_prefix,
+    first_difference,
+    read_source,
+    save,
+    test_lines,
+)
 
 # The text is cut by these patterns before tiktoken merges bytes (Qwen's and GLM-4's published tokenizer code).
 TIKTOKEN_PATTERN = (
@@ -57,6 +65,7 @@ def convert_tiktoken(folder: Path, path: Path, target: Path, family: Family, lin
         )
     end = "<|endoftext|>" if "<|endoftext|>" in source.control.values() else next(iter(source.control.values()))
     source.names = {"eos_token": end, "pad_token": end} | source.names
+    source.prefix = find_prefix(folder, family, source.names) or []
     add_control(tokenizer, source, [])
     save(tokenizer, target, source, family)
 
@@ -66,7 +75,7 @@ def convert_tiktoken(folder: Path, path: Path, target: Path, family: Family, lin
         return encoding.encode_ordinary(unicodedata.normalize("NFC", line) if family.name == "qwen" else line)
 
     tried, agreement = comparable(test_lines(lines), source)
-    problem = first_difference(target, tried, reference, encoding.decode)
+    problem = first_difference(target, tried, reference, source.prefix, encoding.decode)
     if problem:
         raise ValueError(f"{folder}: the converted tokenizer differs from tiktoken: {problem}")
     return f"tokenizer: tiktoken file of {len(ranks)} tokens, as a fast tokenizer; {agreement}"

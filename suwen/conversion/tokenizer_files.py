@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,8 @@ QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>
 # not code finds every control token by its name, and would cut "people" and "esophagus" there.
 GLM_NAMES = {"sop": "<sop>", "eop": "<eop>"}
 GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+# Whose tokenizers put BOS before a text unless their settings say no
+BOS_CLASSES = ("llama", "codellama", "mistral", "gemma", "internlm2", "yi", "orion")
 GLM4_CONTROL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *GLM_ROLES, "<|begin_of_image|>",
                 "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")  # fmt: skip
 
@@ -87,7 +90,7 @@ def read_source(folder: Path, family: Family, pieces: list[str], control: dict[i
     return Source(
         control=dict(sorted(control.items())),
         names=names,
-        prefix=settings.get("prefix_tokens") or [],
+        prefix=[],
         chat_template=template if isinstance(template, str) else None,
         spelling=settings.get("spelling") or {},
     )
@@ -102,6 +105,36 @@ def listed_control(folder: Path, family: Family) -> tuple[str, ...]:
     return {"qwen": QWEN_CONTROL, "glm4": GLM4_CONTROL}.get(family.name, ())
 
 
+def find_prefix(folder: Path, family: Family, names: dict[str, str]) -> list[str] | None:
+    """Tokens that the original puts before every text; None where neither a file nor a class says so.
+
+    Where the settings are silent, the default of the folder's own code counts, which is read and never run.
+    """
+    settings = read_json(folder / "tokenizer_config.json")
+    if "prefix_tokens" in settings:
+        return settings["prefix_tokens"]
+    if family.name in ("chatglm2", "chatglm3", "glm4"):
+        return ["[gMASK]", "<sop>"]
+    adds_bos = settings.get("add_bos_token")
+    if adds_bos is None:
+        code = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("tokenization_*.py")))
+        kind = settings.get("tokenizer_class") or read_json(folder / "config.json").get("model_type", "")
+        if default := re.search(r"\badd_bos_token(?:\s*:\s*\w+)?\s*=\s*(True|False)", code):
+            adds_bos = default[1] == "True"
+        elif kind.lower().removesuffix("fast").removesuffix("tokenizer") in BOS_CLASSES:
+            adds_bos = True
+    if adds_bos is None:
+        return None
+    return [names["bos_token"]] if adds_bos and "bos_token" in names else []
+
+
+def set_prefix(tokenizer: Any, prefix: list[str]) -> None:
+    from tokenizers import processors
+
+    ids = [(token, tokenizer.token_to_id(token)) for token in prefix]
+    tokenizer.post_processor = processors.TemplateProcessing(single=[*prefix, "$A"], special_tokens=ids)
+
+
 def add_control(tokenizer: Any, source: Source, user: list[Any]) -> None:
     from tokenizers import AddedToken
 
@@ -112,6 +145,8 @@ def add_control(tokenizer: Any, source: Source, user: list[Any]) -> None:
             raise ValueError(
                 f"tokenizer: token {token!r} should have id {token_id}, gets {tokenizer.token_to_id(token)}"
             )
+    if source.prefix:
+        set_prefix(tokenizer, source.prefix)
 
 
 def save(tokenizer: Any, target: Path, source: Source, family: Family) -> None:
@@ -152,11 +187,17 @@ def comparable(lines: list[str], source: Source) -> tuple[list[str], str]:
 
 
 def first_difference(
-    target: Path, lines: list[str], reference: Encode, decode: Decode | None = None, unknown: int = -1
+    target: Path,
+    lines: list[str],
+    reference: Encode,
+    prefix: list[str],
+    decode: Decode | None = None,
+    unknown: int = -1,
 ) -> str | None:
     """The first line on which the written tokenizer and the reference differ, in words; None if there is none.
 
     Args:
+        prefix: tokens that the written one must put before every text.
         decode: of the reference; None compares the ids alone.
         unknown: id of the unknown token, whose text is lost in both.
     """
@@ -166,9 +207,13 @@ def first_difference(
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     differences = []
+    before = tokenizer.convert_tokens_to_ids(prefix)
     for line in lines:
         expected = reference(line)
-        found = tokenizer(line, add_special_tokens=False)["input_ids"]
+        found = tokenizer(line)["input_ids"]
+        if found[: len(before)] != before:
+            return f"a text begins with {tokenizer.convert_ids_to_tokens(found[: len(before)])}, expected {prefix}"
+        found = found[len(before) :]
         if found != expected:
             pairs = enumerate(zip(found, expected, strict=False))
             at = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(found), len(expected)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from suwen.conversion.families import NATIVE, Family
 from suwen.conversion.sentencepiece import convert_sentencepiece
 from suwen.conversion.tiktoken import convert_tiktoken, is_tiktoken
-from suwen.conversion.tokenizer_files import read_source, save
+from suwen.conversion.tokenizer_files import find_prefix, read_source, save, set_prefix
 from suwen.conversion.weights import read_json
 
 NATIVE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -71,5 +71,8 @@ def copy_fast(folder: Path, target: Path, family: Family) -> str:
     source = read_source(folder, family, [piece for piece, _ in by_id], added)
     if "eos_token" not in source.names:
         raise ValueError(f"{folder}: tokenizer_config.json names no eos_token, expected one")
+    prefix = find_prefix(folder, family, source.names)
+    if prefix is not None:  # the class that the folder names would see to it, whatever tokenizer.json says
+        set_prefix(tokenizer, prefix)
     save(tokenizer, target, source, family)
     return f"tokenizer: tokenizer.json of {tokenizer.get_vocab_size()} tokens, taken as it is"
