@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     library = parse_library_flags(args)
     start, precision, length = stage.begin(args, library)
 
+    if args.data.train_on_inputs:
+        models.refuse_labels_in_prompts(start)
+
     # Data: conversations -> token ids and labels
     tokenizer = models.load_tokenizer(args.model.tokenizer_name_or_path or start, args.data.template_name)
     encoder = ChatEncoder(tokenizer, stage.thinking_mode(args.data.thinking))

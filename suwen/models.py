@@ -97,6 +97,16 @@ def config_of_lineage(base: str, adapters: list[str]) -> Any:
     return config
 
 
+def refuse_labels_in_prompts(path: str) -> None:
+    """Refuse --train_on_inputs where a prompt sees itself in both directions: a loss there would teach copying."""
+    config = load_config(path)
+    if isinstance(config, architectures.ChatGLMConfig):
+        raise ValueError(
+            f"--train_on_inputs: the prompts of model type {config.model_type!r} see themselves in both directions, so "
+            "that a loss on them would teach copying; leave it out"
+        )
+
+
 def positions_of(config: Any) -> dict[str, Any] | None:
     """What run.json keeps of rotary positions, for `config_of_lineage`; None for models without."""
     if not getattr(config, "rope_parameters", None) or not hasattr(config, "max_position_embeddings"):

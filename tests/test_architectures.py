@@ -1,15 +1,18 @@
-"""ChatGLM-6B: its mask, its positions, its collator."""
+"""ChatGLM-6B: its mask, its positions, what can be trained."""
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 
 from suwen.architectures.chatglm import (
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
-    PrefixCollator,
     prefix_mask,
     prefix_positions,
 )
+from suwen.batches import scored_positions
+from suwen.encoding import ChatEncoder, encode_document
+from template import TEMPLATES
 
 pytestmark = pytest.mark.training
 
@@ -54,17 +57,38 @@ def test_padding_on_either_side_changes_no_logit():
     torch.testing.assert_close(both[1:, :8], alone)
 
 
-def test_the_collator_pads_and_refuses_what_would_teach_copying():
-    collate = PrefixCollator(CONFIG)
-    answer = {"input_ids": ROW, "labels": [-100] * 5 + ROW[5:]}
-    document = {"input_ids": [10, 11], "labels": [10, 11]}
-    batch = collate([answer, document])
-    assert batch["attention_mask"].sum(1).tolist() == [8, 2]
-    assert batch["labels"][1].tolist() == [10, 11] + [-100] * 6
-    with pytest.raises(ValueError, match="row 0 of the batch has labels before <sop>"):
-        collate([{"input_ids": ROW, "labels": ROW}])
-    with pytest.raises(ValueError, match="row 1 of the batch has 2 <sop>, expected one"):
-        collate([answer, {"input_ids": ROW + ROW, "labels": [-100] * 16}])
+def test_labels_on_a_context_that_sees_itself_are_refused(tmp_path):
+    import supervised_finetuning
+
+    model, tokenizer = ChatGLMForConditionalGeneration(CONFIG), tiny_tokenizer(["[gMASK]", "<sop>"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    words += ["--template_name", "chatglm", "--train_file_dir", "data/sft", "--train_on_inputs"]
+    with pytest.raises(ValueError, match="--train_on_inputs: the prompts of model type 'chatglm' see themselves"):
+        supervised_finetuning.main(words)
+
+
+def test_every_row_of_a_conversation_and_of_a_document_is_labelled_where_nothing_ahead_is_seen():
+    """Each answer has a row of its own behind one <sop>; a document has none, even where it spells one."""
+    tokenizer = tiny_tokenizer(["[gMASK]", "<sop>"], chat_template=TEMPLATES["chatglm"].jinja)
+    start, gmask = tokenizer.convert_tokens_to_ids(["<sop>", "[gMASK]"])
+    config = ChatGLMConfig(bos_token_id=start, gmask_token_id=gmask)
+    turns = [
+        ("user", "头痛怎么办？"),
+        ("assistant", "多休息 <sop> 完。"),
+        ("user", "要吃药吗？"),
+        ("assistant", "可以。"),
+    ]
+    rows, _ = ChatEncoder(tokenizer).encode_conversation([{"role": r, "content": c} for r, c in turns], 512)
+    document = encode_document("头痛 [gMASK]<sop> 多休息", tokenizer)
+    rows.append({"input_ids": document, "labels": document})
+    assert [row["input_ids"].count(start) for row in rows] == [1, 1, 0]
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        seen = prefix_mask(ids, torch.ones_like(ids, dtype=torch.bool), config)[0, 0]
+        scored = scored_positions(row["labels"])
+        assert scored and not any(seen[at, at + 1 :].any() for at in scored)
 
 
 def test_embeddings_without_ids_and_a_cache_without_positions_are_refused():

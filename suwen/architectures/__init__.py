@@ -15,4 +15,10 @@ for config, model in ((BaichuanConfig, BaichuanForCausalLM), (ChatGLMConfig, Cha
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     AutoTokenizer.register(config, slow_tokenizer_class=SentencePieceTokenizer, exist_ok=True)
 
-__all__ = ["BaichuanForCausalLM", "ChatGLMForConditionalGeneration", "SentencePieceTokenizer"]
+__all__ = [
+    "BaichuanConfig",
+    "BaichuanForCausalLM",
+    "ChatGLMConfig",
+    "ChatGLMForConditionalGeneration",
+    "SentencePieceTokenizer",
+]

@@ -22,7 +22,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-IGNORE_INDEX = -100
 ALPHA_LAYERS = 28  # the residual's factor is sqrt(2 * 28) in every model, whatever its number of layers
 
 
@@ -260,37 +259,3 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs["attention_mask"] = prefix_mask(input_ids, real, self.config)[:, :, new]
         inputs["position_ids"] = prefix_positions(input_ids, real, self.config)[:, :, new]
         return inputs
-
-
-class PrefixCollator:
-    """Rows of a prefix language model to a batch, padded on the right; packing is not possible.
-
-    Args:
-        config: of the model, for its control tokens.
-
-    Raises:
-        ValueError: a row with several <sop>, or a label inside the context: the context sees itself in both directions,
-            so that a loss on it would teach copying.
-    """
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        self.config = config
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), length), self.config.pad_token_id or 0),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
-            "labels": torch.full((len(rows), length), IGNORE_INDEX),
-        }
-        for number, row in enumerate(rows):
-            ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-            starts = (ids == self.config.bos_token_id).nonzero()[:, 0].tolist()
-            if len(starts) > 1:
-                raise ValueError(f"ChatGLM-6B: row {number} of the batch has {len(starts)} <sop>, expected one")
-            if starts and (labels[: starts[0] + 1] != IGNORE_INDEX).any():
-                raise ValueError(f"ChatGLM-6B: row {number} of the batch has labels before <sop>, expected none")
-            batch["input_ids"][number, : len(ids)] = ids
-            batch["attention_mask"][number, : len(ids)] = 1
-            batch["labels"][number, : len(ids)] = labels
-        return batch
