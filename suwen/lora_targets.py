@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,33 @@ def lora_targets(model: Any, wanted: str) -> list[str]:
     return list(dict.fromkeys(resolved))
 
 
-def trainable_token_indices(model: Any, folder: str | Path) -> dict[str, list[int]] | None:
-    """PEFT's setting that trains the rows of new tokens beside a LoRA adapter; None for a vocabulary as it was.
+def trainable_token_indices(
+    model: Any, folder: str | Path, trained_in_full: Sequence[str] = ()
+) -> dict[str, list[int]] | None:
+    """PEFT's setting that trains the rows of new tokens beside a LoRA adapter; None where there is nothing to train so.
 
     Without it an adapter trained on an extended vocabulary leaves the new rows as they were initialised. A tied head is
     the same table, which PEFT keeps tied.
+
+    Args:
+        folder: of the model; its record says which tokens are new.
+        trained_in_full: names of --modules_to_save; a table among them is trained with all its rows.
+
+    Raises:
+        ValueError: one of two tied tables would be trained in full, and the new rows of the other not at all.
     """
     ids = sorted(read_json(Path(folder) / VOCABULARY_RECORD).get("new_tokens", {}).values())
     if not ids:
         return None
     source, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    tables = [source] if head is None or head.weight is source.weight else [source, head]
-    return {names[id(table)]: ids for table in tables}
+    tables = [names[id(table)] for table in (source, head) if table is not None]
+    rest = [name for name in tables if name not in trained_in_full]
+    if head is not None and head.weight is source.weight:
+        if len(rest) == 1:
+            raise ValueError(
+                f"--modules_to_save: found one of {' and '.join(tables)}, which are one table in this model with new "
+                "words; name both or neither (the rows of new words are trained without it)"
+            )
+        rest = rest[:1]
+    return dict.fromkeys(rest, ids) or None

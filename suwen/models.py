@@ -483,9 +483,9 @@ def lora_config(lora: Any, model: Any, start: str) -> LoraConfig | None:
     """
     if not lora.use_peft or isinstance(model, PeftModel):
         return None
-    saved = [name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else None
+    saved = [name.strip() for name in lora.modules_to_save.split(",")] if lora.modules_to_save else []
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if missing := [name for name in saved or [] if name not in names]:
+    if missing := [name for name in saved if name not in names]:
         raise ValueError(
             f"--modules_to_save: found {', '.join(missing)}, expected names of this model: "
             f"{', '.join(linear_names(model))}, embed_tokens, lm_head and the like"
@@ -496,6 +496,6 @@ def lora_config(lora: Any, model: Any, start: str) -> LoraConfig | None:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=lora_targets(model, lora.target_modules),
-        trainable_token_indices=None if saved else trainable_token_indices(model, start),
-        modules_to_save=saved,
+        trainable_token_indices=trainable_token_indices(model, start, saved),
+        modules_to_save=saved or None,
     )

@@ -14,10 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from suwen.arguments import LoraArguments
 from suwen.conversion.families import NATIVE
 from suwen.conversion.tokenizers import convert_tokenizer
 from suwen.embedded import sample_texts
 from suwen.lora_targets import trainable_token_indices
+from suwen.models import lora_config
 from suwen.vocabulary import (
     add_rows,
     check_extended,
@@ -189,6 +191,35 @@ def test_lora_trains_the_new_rows_and_no_other_and_merges_exactly(tied, tmp_path
     torch.testing.assert_close(merged(ids).logits, trained, atol=1e-5, rtol=1e-5)
     moved = (merged.model.embed_tokens.weight - before).abs().amax(1) > 0
     assert moved.nonzero()[:, 0].tolist() == [new, new + 1]
+
+
+def test_rows_of_new_words_are_trained_beside_modules_that_are_trained_in_full(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model, new = tiny_model(tokenizer), len(tokenizer)
+    add_rows(model, {"新": [5, 6]}, {"新": new})
+    (tmp_path / "vocabulary.json").write_text(json.dumps({"new_tokens": {"新": new}}))
+
+    def trained(names: str) -> LoraConfig:
+        return lora_config(LoraArguments(use_peft=True, modules_to_save=names), model, str(tmp_path))
+
+    assert trained("embed_tokens").trainable_token_indices == {"lm_head": [new]}
+    assert trained("embed_tokens,lm_head").trainable_token_indices is None
+    settings = trained("norm")
+    assert settings.trainable_token_indices == {"embed_tokens": [new], "lm_head": [new]}
+    assert settings.modules_to_save == ["norm"]
+    peft = get_peft_model(model, settings)
+    ids = torch.tensor([[5, new, 8, new]])
+    peft(ids, labels=ids).loss.backward()
+    moved = {name for name, weight in peft.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert {part for part in ("embed_tokens", "lm_head", "model.norm") if any(part in name for name in moved)} == {
+        "embed_tokens", "lm_head", "model.norm"
+    }  # fmt: skip
+    model = tiny_model(tokenizer)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert trained("norm").trainable_token_indices == {"embed_tokens": [new]}
+    with pytest.raises(ValueError, match="--modules_to_save: found one of embed_tokens and lm_head, which are one"):
+        trained("lm_head")
 
 
 def test_a_vocabulary_as_it_was_asks_for_no_trained_rows(tmp_path):
