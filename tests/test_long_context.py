@@ -13,6 +13,7 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
+    PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     StableLmConfig,
@@ -20,6 +21,12 @@ from transformers import (
 )
 
 from suwen import attention
+from suwen.architectures import (
+    BaichuanConfig,
+    BaichuanForCausalLM,
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+)
 from suwen.batches import pack_pairs, pack_rows, pad_rows, segments
 from suwen.generation import model_window, window_of
 from suwen.models import scale_rope
@@ -101,10 +108,24 @@ def test_every_scaling_keeps_what_the_model_knows_and_comes_back_from_the_disk(k
         assert loaded.rope_parameters["original_max_position_embeddings"] == 64
 
 
+def unstretchable() -> list[PreTrainedModel]:
+    """ALiBi, ALiBi in a class of our own, and positions that turn in two dimensions."""
+    sizes = {"hidden_size": 32, "vocab_size": 1024}
+    old = sizes | {"num_hidden_layers": 1, "num_attention_heads": 4}
+    return [
+        BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=4)),
+        BaichuanForCausalLM(BaichuanConfig(**old, intermediate_size=48)),
+        ChatGLMForConditionalGeneration(
+            ChatGLMConfig(**old, inner_hidden_size=48, bos_token_id=1020, gmask_token_id=1021, mask_token_id=1022)
+        ),
+    ]
+
+
 def test_scaling_is_refused_without_rotary_positions_twice_and_for_nothing():
-    for config in (BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=300),):
-        with pytest.raises(ValueError, match="--rope_scaling: model type 'bloom' has no rotary positions"):
-            scale_rope(config, "linear", 4096)
+    for model in unstretchable():
+        kind = model.config.model_type
+        with pytest.raises(ValueError, match=f"--rope_scaling: model type '{kind}' has no rotary positions"):
+            scale_rope(model.config, "linear", 4096)
     with pytest.raises(ValueError, match="--rope_scaling yarn: the model's positions are stretched already .linear."):
         scale_rope(stretched("linear", 128), "yarn", 256)
     with pytest.raises(ValueError, match="--max_length 64 already fits the model's window of 64"):
@@ -214,13 +235,14 @@ def test_a_stage_trains_with_shifted_attention_and_refuses_where_it_cannot(base,
         SCRIPTS["dpo"].main(arguments("dpo", base, tmp_path, "--shift_attn"))
     with pytest.raises(ValueError, match="--shift_attn and --attn_implementation: give one"):
         SCRIPTS["pt"].main(arguments("pt", base, tmp_path, "--shift_attn", "--attn_implementation", "eager"))
-    bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=1024))
-    bloom.save_pretrained(tmp_path / "bloom")
-    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
-    with pytest.raises(
-        ValueError, match="--shift_attn: model type 'bloom' cannot have it .its attention cannot be replaced"
-    ):
-        SCRIPTS["pt"].main(arguments("pt", str(tmp_path / "bloom"), tmp_path, "--shift_attn"))
+    for model in unstretchable():
+        kind = model.config.model_type
+        for part in (model, tiny_tokenizer()):
+            part.save_pretrained(tmp_path / kind)
+        with pytest.raises(
+            ValueError, match=f"--shift_attn: model type '{kind}' cannot have it .its attention cannot be replaced"
+        ):
+            SCRIPTS["pt"].main(arguments("pt", str(tmp_path / kind), tmp_path, "--shift_attn"))
 
 
 # Noise on the embeddings
