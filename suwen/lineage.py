@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from suwen.conversion.convert import conversion_command
+from suwen.conversion.convert import command_for, conversion_command
 from suwen.readers import first_line
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -116,8 +116,7 @@ def require_model(path: str) -> None:
     if not list(folder.glob("*.safetensors")):
         found = [p.name for p in folder.glob("*.bin")] or [p.name for p in folder.glob("*.pt*")] or ["no weights"]
         raise ValueError(
-            f"model {path!r}: found {found[0]}, expected weights as safetensors; convert once, by "
-            f"AutoModelForCausalLM.from_pretrained({path!r}).save_pretrained(OTHER), and copy the tokenizer there"
+            f"model {path!r}: found {found[0]}, expected weights as safetensors; convert once: {command_for(path)}"
         )
 
 
@@ -223,12 +222,12 @@ def adapter_shapes(adapter: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of an adapter, by its name in the file."""
     weights = Path(adapter) / ADAPTER_WEIGHTS
     if not weights.is_file():
-        other = (
-            " (adapter_model.bin is not read: pickle can run code)"
-            if (Path(adapter) / "adapter_model.bin").is_file()
-            else ""
-        )
-        raise ValueError(f"adapter {adapter!r}: found no {ADAPTER_WEIGHTS}{other}")
+        if (Path(adapter) / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"adapter {adapter!r}: found adapter_model.bin, expected {ADAPTER_WEIGHTS}, as pickle can run code; "
+                f"convert once: {command_for(adapter, adapter_base(Path(adapter)) or 'BASE')}"
+            )
+        raise ValueError(f"adapter {adapter!r}: found no {ADAPTER_WEIGHTS}")
     try:
         with safe_open(weights, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}

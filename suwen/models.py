@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from suwen import architectures, experts, two_bit
+from suwen.conversion.convert import command_for
 from suwen.encoding import apply_template
 from suwen.head import add_reward_forward, add_scoring_head, init_reward_head
 from suwen.lineage import (
@@ -68,6 +69,12 @@ def load_tokenizer(path: str, template_name: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"tokenizer {path!r}: {first_line(error)}") from None
+    if tokenizer.is_fast and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        command = command_for(folder, adapter_base(folder) or "BASE" if is_adapter_dir(folder) else None)
+        raise ValueError(
+            f"tokenizer {path!r}: found tokenizer.model without tokenizer.json, which transformers would cut otherwise "
+            f"than sentencepiece did in the training; convert once: {command}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.eos_token_id is None:

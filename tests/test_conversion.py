@@ -1,6 +1,7 @@
 """Converted checkpoints compute what the originals computed; what the tables do not know is refused."""
 
 import json
+import shlex
 import subprocess
 import sys
 import typing
@@ -8,14 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from old_checkpoints import CONFIGS, RECOGNISED, shapes, train_sentencepiece, write_original
+from old_checkpoints import (
+    CONFIGS,
+    RECOGNISED,
+    first_sentencepiece,
+    merged_sentencepiece,
+    shapes,
+    train_sentencepiece,
+    write_original,
+)
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from suwen.conversion.convert import compare_logits, conversion_command, convert_checkpoint, convert_lora, probe_rows
 from suwen.conversion.families import FAMILIES, find_rule, recognise
 from suwen.conversion.originals import original_logits
 from suwen.conversion.weights import Shard, find_shards
+from suwen.embedded import sample_texts
+from suwen.lineage import require_model
+from tools import convert_checkpoint as convert_tool
 
 pytestmark = pytest.mark.training
 
@@ -340,6 +353,136 @@ def test_a_native_checkpoint_in_bin_files_becomes_safetensors(tmp_path):
     convert(tmp_path / "old", tmp_path / "new")
     ids = torch.arange(10)[None]
     torch.testing.assert_close(load(tmp_path / "new")(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+
+def run_command(command: str) -> None:
+    """Run what a message tells the user to run, in this process."""
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "tools/convert_checkpoint.py")
+    convert_tool.main(words)
+
+
+def write_llama(folder: Path, sentencepiece_model: bytes) -> tuple[dict, dict]:
+    """A native LLaMA as it was shared in 2023: weights in .bin, a bare tokenizer.model."""
+    config = LlamaConfig(vocab_size=len(read_pieces(sentencepiece_model)), hidden_size=32, intermediate_size=48,
+                         num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+                         architectures=["LlamaForCausalLM"])  # fmt: skip
+    torch.manual_seed(0)
+    weights = LlamaForCausalLM(config).state_dict()
+    config.save_pretrained(folder)
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    torch.save(weights | buffers, folder / "pytorch_model.bin")
+    write_llama_tokenizer(folder, sentencepiece_model)
+    return config, weights
+
+
+def write_llama_tokenizer(folder: Path, sentencepiece_model: bytes) -> None:
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    names = {name: {"__type": "AddedToken", "content": token} for name, token in
+             (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}  # fmt: skip
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False} | names
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def read_pieces(model: bytes) -> list[str]:
+    processor = SentencePieceProcessor(model_proto=model)
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+
+
+def write_old_lora(folder: Path, shapes: dict[str, tuple[int, int]], seed: int, full: dict | None = None) -> dict:
+    """A LoRA in the files of PEFT 0.2; returns what it adds to each weight."""
+    generator = torch.Generator().manual_seed(seed)
+    rank, alpha = 4, 8
+    tensors = {f"base_model.model.{name}": value for name, value in (full or {}).items()}
+    tensors["base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    changes = {}
+    for name, (rows, columns) in shapes.items():
+        a, b = (torch.randn(size, generator=generator) / 6 for size in ((rank, columns), (rows, rank)))
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        changes[name] = alpha / rank * b @ a
+    folder.mkdir()
+    torch.save(tensors, folder / "adapter_model.bin")
+    modules = sorted({name.split(".")[-2] for name in shapes})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": float(alpha), "bias": "none",
+                "lora_dropout": 0.05, "target_modules": modules, "enable_lora": None, "merge_weights": False,
+                "fan_in_fan_out": False, "inference_mode": True, "base_model_name_or_path": "elsewhere/llama-7b-hf",
+                "modules_to_save": ["embed_tokens", "lm_head"] if full else None}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return changes
+
+
+def test_a_native_llama_with_bin_weights_and_a_bare_sentencepiece_model_is_converted_by_the_command_named(tmp_path):
+    """Chinese-LLaMA's vocabulary, which transformers' own conversion at loading would cut otherwise."""
+    from suwen.models import load_tokenizer
+
+    vocabulary = merged_sentencepiece()
+    _, weights = write_llama(tmp_path / "old", vocabulary)
+    with pytest.raises(ValueError, match="found tokenizer.model without tokenizer.json.*convert once: ") as refusal:
+        load_tokenizer(str(tmp_path / "old"))
+    with pytest.raises(ValueError, match="found pytorch_model.bin, expected .*convert once: ") as other:
+        require_model(str(tmp_path / "old"))
+    command = str(refusal.value).partition("convert once: ")[2]
+    assert str(other.value).endswith(command)
+    run_command(command)
+
+    tokenizer = load_tokenizer(str(tmp_path / "old-converted"))
+    original = SentencePieceProcessor(model_proto=vocabulary)
+    for line in list(sample_texts())[600:800]:
+        assert tokenizer(line).input_ids == [tokenizer.bos_token_id, *original.encode(line)]
+    for name, tensor in load(tmp_path / "old-converted").state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_the_route_from_old_llama_files_over_two_adapters_to_a_merged_model(tmp_path, capsys):
+    """QiZhen's: LLaMA, the LoRA that enlarges its vocabulary, a medical LoRA; all in .bin files."""
+    import merge_peft_adapter
+    from suwen.lineage import adapter_shapes
+    from suwen.models import load_tokenizer
+
+    config, weights = write_llama(tmp_path / "base", first_sentencepiece())
+    attention = {f"model.layers.{i}.self_attn.{part}_proj.weight": (32, 32) for i in range(2) for part in "qkvo"}
+    rows = len(read_pieces(merged_sentencepiece()))
+    assert rows > config.vocab_size
+    generator = torch.Generator().manual_seed(7)
+    tables = {
+        name: torch.randn(rows, 32, generator=generator) / 5 for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    changes = [
+        write_old_lora(tmp_path / "chinese", attention, 1, full=tables),
+        write_old_lora(tmp_path / "medical", {name: size for name, size in attention.items() if "q_" in name}, 2),
+    ]
+    write_llama_tokenizer(tmp_path / "chinese", merged_sentencepiece())
+
+    convert(tmp_path / "base", tmp_path / "base-converted")
+    for name in ("chinese", "medical"):
+        with pytest.raises(ValueError, match="found adapter_model.bin.*convert once: ") as refusal:
+            adapter_shapes(str(tmp_path / name))
+        command = str(refusal.value).partition("convert once: ")[2]
+        run_command(command.replace("elsewhere/llama-7b-hf", str(tmp_path / "base-converted")))
+    adapters = f"{tmp_path / 'chinese-converted'},{tmp_path / 'medical-converted'}"
+    merge_peft_adapter.main(["--lora_model", adapters, "--output_dir", str(tmp_path / "merged"), "--use_cpu"])
+    assert "the proof holds" in capsys.readouterr().out
+
+    config.vocab_size = rows
+    expected = LlamaForCausalLM(config).eval()
+    sums = {name: sum((change[name] for change in changes if name in change), weights[name]) for name in weights}
+    expected.load_state_dict(sums | tables)
+    ids = torch.randint(3, rows, (2, 20), generator=generator)
+    torch.testing.assert_close(load(tmp_path / "merged")(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
+    tokenizer, original = (
+        load_tokenizer(str(tmp_path / "merged")),
+        SentencePieceProcessor(model_proto=merged_sentencepiece()),
+    )
+    line = "患者出现反复性感染，people with esophagus cancer"
+    assert tokenizer(line).input_ids == [tokenizer.bos_token_id, *original.encode(line)]
+
+
+def test_an_adapter_needs_a_base_that_loads(tmp_path):
+    write_original(tmp_path / "old", "internlm2")
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(ValueError, match="--base_model .*old: found neither the conversion.json"):
+        convert_lora(str(tmp_path / "lora"), str(tmp_path / "old"), str(tmp_path / "new"))
 
 
 def test_a_converted_chat_model_stops_at_its_own_tokens_and_answers_through_the_toolkit(tmp_path):

@@ -3,9 +3,11 @@
     python tools/convert_checkpoint.py --model_name_or_path Baichuan2-7B-Chat --output_dir baichuan2-7b --verify
     python tools/convert_checkpoint.py --model_name_or_path my-lora --base_model baichuan2-7b --output_dir new-lora
 
-Baichuan 1 and 2, InternLM2, Qwen 1, ChatGLM 1 to 3, GLM-4-9B (old layout), XVERSE, Yi, Orion and DeepSeek-MoE; a model
-of a native class with .bin weights becomes safetensors. The weights are read shard by shard and keep their precision,
-the tokenizer is checked line by line against the original, and nothing is written where something does not fit.
+Baichuan 1 and 2, InternLM2, Qwen 1, ChatGLM 1 to 3, GLM-4-9B (old layout), XVERSE, Yi, Orion and DeepSeek-MoE. A model
+of a native class, or a LoRA adapter on one, with .bin weights or a bare tokenizer.model (Chinese-LLaMA, QiZhen) becomes
+safetensors with a tokenizer that cuts as sentencepiece does. The weights are read shard by shard and keep their
+precision, the tokenizer is checked line by line against the original, and nothing is written where something does not
+fit.
 """
 
 import os
@@ -24,7 +26,9 @@ from suwen.conversion import FamilyName
 class ConversionArguments:
     model_name_or_path: str = flag("", "folder of the original model, or of a LoRA adapter on it (with --base_model)")
     output_dir: str = flag("", "new or empty folder")
-    base_model: str | None = flag(None, "for a LoRA adapter: the folder that its base was converted to")
+    base_model: str | None = flag(
+        None, "for a LoRA adapter: the folder that its base was converted to, or a base that needs no conversion"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(None, "precision of the weights; unset: as they are")
     family: FamilyName | None = flag(None, "family, where config.json does not tell it")
     verify: bool = flag(
@@ -49,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from suwen.conversion.convert import convert_checkpoint, convert_lora
 
-    if args.base_model:
-        convert_lora(args.model_name_or_path, args.base_model, args.output_dir)
-        return
     lines = Path(args.sample_file).read_text(encoding="utf-8").splitlines() if args.sample_file else []
+    if args.base_model:
+        convert_lora(args.model_name_or_path, args.base_model, args.output_dir, lines)
+        return
     convert_checkpoint(
         args.model_name_or_path, args.output_dir, args.family, args.dtype, args.verify, args.max_shard_size, lines
     )

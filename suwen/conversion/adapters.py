@@ -11,37 +11,37 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from suwen.conversion.configs import Config
-from suwen.conversion.families import FAMILIES, Family, apply_rule, find_rule
+from suwen.conversion.families import Family, apply_rule, find_rule
 from suwen.conversion.tables import Rule
-from suwen.conversion.weights import Tensors, find_shards, read_json
+from suwen.conversion.weights import Tensors, read_json
 
 PREFIX = "base_model.model."
+OLD_SETTINGS = ("enable_lora", "merge_weights")  # of PEFT before 0.3; merge_weights was about its own memory
 MATRIX = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?P<end>\.weight)?")
 
 
-def convert_adapter(source: Path, base: Path, target: Path) -> list[str]:
-    """Convert a LoRA folder to the names of its converted base.
+def convert_adapter(source: Path, base: str, family: Family, config: Config, target: Path) -> list[str]:
+    """Convert a LoRA folder to the names of its converted base, and .bin to safetensors.
 
     Args:
         source: adapter_config.json with adapter_model.safetensors or .bin.
-        base: the converted base; its conversion.json says what it was.
+        base: what the new folder names as its base.
+        family: of the base; a native one keeps all names.
+        config: the base's, from before it was converted.
         target: new folder.
 
     Returns:
         The new names of the adapted modules.
 
     Raises:
-        ValueError: the base was not converted by this tool, or a part of the adapter has no exact counterpart.
+        ValueError: a part of the adapter has no exact counterpart.
     """
-    record = read_json(base / "conversion.json")
-    if record.get("family") not in FAMILIES:
-        raise ValueError(f"--base_model {base}: found no conversion.json, expected the folder that the base became")
-    family, config = FAMILIES[record["family"]], record["source_config"]
     settings = read_json(source / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{source}: found peft_type {settings.get('peft_type')!r}, expected LORA")
-    if settings.get("fan_in_fan_out"):
-        raise ValueError(f"{source}: found fan_in_fan_out, expected an adapter of linear layers")
+    for entry in ("fan_in_fan_out", "enable_lora"):
+        if settings.get(entry):
+            raise ValueError(f"{source}: found {entry}, expected an adapter of linear layers")
     tensors = Tensors(source)
     converted: dict[str, Tensor] = {}
     modules: set[str] = set()
@@ -50,13 +50,17 @@ def convert_adapter(source: Path, base: Path, target: Path) -> list[str]:
             converted[new] = tensor.clone(memory_format=torch.contiguous_format)
             if match := MATRIX.fullmatch(new.removeprefix(PREFIX)):
                 modules.add(match["module"].rsplit(".", 1)[-1])
-    for entry in ("target_modules", "modules_to_save"):
-        if settings.get(entry):
-            settings[entry] = sorted(new_module_names(family, settings[entry]))
-    if any(settings.get(entry) for entry in ("rank_pattern", "alpha_pattern", "layers_pattern")):
-        raise ValueError(f"{source}: ranks by pattern of names are not converted; train with one rank for all modules")
-    settings["base_model_name_or_path"] = str(base)
-    settings.pop("auto_mapping", None)
+    if family.rules:
+        for entry in ("target_modules", "modules_to_save"):
+            if settings.get(entry):
+                settings[entry] = sorted(new_module_names(family, settings[entry]))
+        if any(settings.get(entry) for entry in ("rank_pattern", "alpha_pattern", "layers_pattern")):
+            raise ValueError(
+                f"{source}: ranks by pattern of names are not converted; train with one rank for all modules"
+            )
+    settings["base_model_name_or_path"] = base
+    for entry in ("auto_mapping", *OLD_SETTINGS):
+        settings.pop(entry, None)
     target.mkdir(parents=True, exist_ok=True)
     save_file(converted, target / "adapter_model.safetensors", metadata={"format": "pt"})
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
@@ -69,11 +73,11 @@ def convert_tensor(family: Family, config: Config, name: str, tensor: Tensor) ->
     match = MATRIX.fullmatch(plain)
     module = match["module"] if match else re.sub(r"\.(weight|bias)$", "", plain)
     found = find_rule(family, f"{module}.weight" if match else plain)
-    if found is None or not found[1]:
+    if found is None:
         raise ValueError(f"adapter: {name} is unknown to the table of {family.name}")
-    rule, targets = found
+    rule, targets = found  # no targets: a buffer that is computed anew
     if match is None:
-        parts = apply_rule(rule, tensor, config)
+        parts = apply_rule(rule, tensor, config) if targets else ()
         return [(PREFIX + target, part) for target, part in zip(targets, parts, strict=True)]
     if not rule.linear:
         raise ValueError(f"adapter: {name}: the layer is normalised in the original, so an adapter on it has no equal")
@@ -101,7 +105,3 @@ def new_module_names(family: Family, names: list[str] | str) -> set[str]:
 
 def last_name(rule: Rule, pattern: str) -> str:
     return pattern.removesuffix(".weight").removesuffix(".{p}").rsplit(".", 1)[-1]
-
-
-def has_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and bool(find_shards(folder))

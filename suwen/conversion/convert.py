@@ -39,9 +39,14 @@ def conversion_command(config: Config, path: str | os.PathLike) -> str | None:
         known = True  # the conversion itself asks which of two families it is
     if not known:
         return None
-    target = f"{str(path).rstrip('/')}-converted"
-    source, target = shlex.quote(str(path)), shlex.quote(target)
-    return f"python tools/convert_checkpoint.py --model_name_or_path {source} --output_dir {target}"
+    return command_for(path)
+
+
+def command_for(path: str | os.PathLike, base: str | None = None) -> str:
+    """The command that converts the folder at `path`; `base`: that of a LoRA folder."""
+    source, target = shlex.quote(str(path)), shlex.quote(f"{str(path).rstrip('/')}-converted")
+    middle = f" --base_model {shlex.quote(base)}" if base else ""
+    return f"python tools/convert_checkpoint.py --model_name_or_path {source}{middle} --output_dir {target}"
 
 
 def is_converted(config: Config) -> bool:
@@ -215,17 +220,44 @@ def probe_rows(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def convert_lora(source: str, base: str, output_dir: str, log: Callable[[str], None] = print) -> None:
-    """Convert a LoRA folder to its converted base; see `convert_adapter`."""
+def convert_lora(
+    source: str, base: str, output_dir: str, lines: list[str] | None = None, log: Callable[[str], None] = print
+) -> None:
+    """Convert a LoRA folder, with the tokenizer that it may bring, to its base; see `convert_adapter`.
+
+    Args:
+        base: the converted base, or one that needs no conversion.
+        lines: further text on which the tokenizers must agree.
+    """
     folder = Path(source)
+    family, config = find_base_family(Path(base))
     target = check_target(folder, output_dir)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
     try:
-        modules = convert_adapter(folder, Path(base), unfinished)
+        modules = convert_adapter(folder, base, family, config, unfinished)
+        summary = convert_tokenizer(folder, unfinished, family, lines or [])
         publish(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    log(f"adapter on {', '.join(modules)}\nwrote {output_dir}")
+    log(f"adapter on {', '.join(modules)}")
+    if summary:
+        log(summary)
+    log(f"wrote {output_dir}")
+
+
+def find_base_family(base: Path) -> tuple[Family, Config]:
+    """The family of an adapter's base and the config that it had before it was converted, if it was."""
+    from transformers import CONFIG_MAPPING
+
+    record, config = read_json(base / "conversion.json"), read_json(base / "config.json")
+    if record.get("family") in FAMILIES:
+        return FAMILIES[record["family"]], record["source_config"]
+    if config.get("model_type") in CONFIG_MAPPING and conversion_command(config, base) is None:
+        return NATIVE, config
+    raise ValueError(
+        f"--base_model {base}: found neither the conversion.json of a converted model nor a model that needs no "
+        "conversion, expected the folder that the base became"
+    )
 
 
 def parse_size(text: str) -> int:
