@@ -485,6 +485,15 @@ def test_an_adapter_needs_a_base_that_loads(tmp_path):
         convert_lora(str(tmp_path / "lora"), str(tmp_path / "old"), str(tmp_path / "new"))
 
 
+@pytest.mark.parametrize(
+    "flags", [["--verify", "True"], ["--dtype", "float16"], ["--family", "qwen"], ["--max_shard_size", "1GB"]]
+)
+def test_flags_for_models_are_refused_with_an_adapter(flags, tmp_path):
+    words = ["--model_name_or_path", str(tmp_path), "--base_model", "base", "--output_dir", str(tmp_path / "new")]
+    with pytest.raises(ValueError, match=f"{flags[0]}: is for models, found it with --base_model"):
+        convert_tool.main([*words, *flags])
+
+
 def test_a_converted_chat_model_stops_at_its_own_tokens_and_answers_through_the_toolkit(tmp_path):
     from suwen.encoding import ChatEncoder
     from suwen.models import load_causal_lm, load_tokenizer

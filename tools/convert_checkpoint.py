@@ -49,6 +49,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"--model_name_or_path {args.model_name_or_path}: found no such folder; download the model first"
         )
+    if args.base_model:
+        defaults = ConversionArguments()
+        for name in ("dtype", "family", "verify", "max_shard_size"):
+            if getattr(args, name) != getattr(defaults, name):
+                raise ValueError(f"--{name}: is for models, found it with --base_model, which converts a LoRA adapter")
+    if args.sample_file and not Path(args.sample_file).is_file():
+        raise ValueError(f"--sample_file {args.sample_file}: found no such file, expected a text")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     from suwen.conversion.convert import convert_checkpoint, convert_lora
