@@ -362,18 +362,28 @@ def test_an_adapter_on_a_normalised_head_is_refused(tmp_path):
         convert_lora(str(folder), str(tmp_path / "base"), str(tmp_path / "new"))
 
 
-def test_a_converted_folder_loads_where_nothing_of_this_project_is(tmp_path):
-    config, tensors = write_original(tmp_path / "old", "internlm2")
-    convert(tmp_path / "old", tmp_path / "new")
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as Auto\n"
-        "model = Auto.from_pretrained('new', dtype=torch.float32).eval(); assert 'suwen' not in sys.modules\n"
-        "torch.save(model(torch.arange(3, 23)[None]).logits, 'logits.pt')"
-    )
+def test_a_converted_folder_loads_without_this_project_and_one_of_its_own_classes_by_one_import(tmp_path):
+    families = ("internlm2", "baichuan-13b")
+    originals = {family: write_original(tmp_path / family, family) for family in families}
+    for family in families:
+        convert(tmp_path / family, tmp_path / f"{family}-new", family)
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+def run(family):
+    model = AutoModelForCausalLM.from_pretrained(family + "-new", dtype=torch.float32).eval()
+    return model(torch.arange(3, 23)[None]).logits.detach()
+plain = run("internlm2")
+assert "suwen" not in sys.modules
+sys.path.append({str(ROOT)!r})
+import suwen.architectures
+torch.save({{"internlm2": plain, "baichuan-13b": run("baichuan-13b")}}, "logits.pt")
+"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    ids = torch.arange(3, 23)[None]
-    expected = original_logits("internlm2", tensors, config, ids, torch.ones_like(ids, dtype=torch.bool))
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, atol=1e-5, rtol=1e-5)
+    found, ids = torch.load(tmp_path / "logits.pt", weights_only=True), torch.arange(3, 23)[None]
+    for family, (config, tensors) in originals.items():
+        expected = original_logits(family, tensors, config, ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(found[family], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_native_checkpoint_in_bin_files_becomes_safetensors(tmp_path):
