@@ -103,7 +103,8 @@ def check_adapter(adapter: str) -> None:
     shapes = adapter_shapes(adapter)
     if not shapes:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: found no tensors, expected the weights of an adapter")
-    expected = read_json(folder / "run.json").get("files", {}).get(ADAPTER_WEIGHTS)
+    recorded = read_json(folder / "run.json").get("files", {}).get(ADAPTER_WEIGHTS)
+    expected = recorded["sha256"] if isinstance(recorded, dict) else recorded  # the hash alone in earlier versions
     if expected and (found := file_sha256(folder / ADAPTER_WEIGHTS)) != expected:
         raise ValueError(
             f"{folder / ADAPTER_WEIGHTS}: found sha256 {found[:12]}, expected {expected[:12]} (run.json): changed since"

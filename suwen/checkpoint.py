@@ -9,6 +9,8 @@ Weights are safetensors. Optimizer, schedule and random states are written by th
 their code (`weights_only`); DeepSpeed reads its state, which holds weights too, with it. So a run goes on only from
 below its own output folder, and only after the manifest has verified. That tells damage; it is no signature: who can
 write into the output folder of a run under DeepSpeed can make that run execute code.
+
+The result of a run is written the same way; its sizes and hashes are in run.json, which says finished only then.
 """
 
 from __future__ import annotations
@@ -28,10 +30,22 @@ from typing import Any
 from safetensors import SafetensorError
 
 MANIFEST, UNFINISHED = "MANIFEST.json", ".unfinished"
-# What a finished run leaves of a model or an adapter, and says of it
-RESULT = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "run.json")
+# What a finished run leaves of a model or an adapter, and what it says of it
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+RESULT = (*WEIGHTS, "run.json")
 HASHING_THREADS = 4  # hashlib leaves Python's lock, and one file is flushed while another is hashed
 SPARE_SPACE = 1.05  # of what a checkpoint is expected to take
+TORCH_WRITER = (
+    "iostream",
+    "pytorchstreamwriter",
+    "inline_container",
+    "cannot be opened",
+    "parent directory",
+)  # its RuntimeErrors
+
+
+class Unlike(RuntimeError):
+    """What is in a file is not what is in memory."""
 
 
 # Writing
@@ -110,20 +124,36 @@ class Saves:
             shutil.rmtree(folder.parent, ignore_errors=True)
             rotate(self.output_dir, limit, keep)
 
-    @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = f"{shutil.disk_usage(self.output_dir).free / 1e9:.2f} GB are free"
-            if self.main:
-                shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
-            whole = list_checkpoints(self.output_dir)
-            on = (
-                f"the last whole one is {whole[-1]}, the same command goes on from it" if whole else "there is none yet"
-            )
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"step {step}: the checkpoint could not be written ({reason}; {free}); {on}") from error
+    def _explained(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return explained_writing(self.output_dir, f"step {step}: the checkpoint", self.main)
+
+
+@contextlib.contextmanager
+def explained_writing(output_dir: Path, what: str, main: bool) -> Iterator[None]:
+    """Around a save: where the disk does not take it, what was written is removed, and a line says what remains.
+
+    Raises:
+        ValueError: that line. A lost peer or memory that is too small is no matter of the disk, and left as it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        of_writer = isinstance(error, Unlike) or any(sign in str(error).lower() for sign in TORCH_WRITER)
+        if isinstance(error, ConnectionError) or (isinstance(error, RuntimeError) and not of_writer):
+            raise
+        free = f"{shutil.disk_usage(output_dir).free / 1e9:.2f} GB are free"
+        if main:
+            shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{what} could not be written ({reason}; {free}); {last_whole(output_dir)}") from error
+
+
+def last_whole(output_dir: Path) -> str:
+    """What a run that has to end can be told of its checkpoints."""
+    whole = list_checkpoints(output_dir)
+    if not whole:
+        return "there is no checkpoint yet"
+    return f"the last whole checkpoint is {whole[-1]}, the same command goes on from it"
 
 
 def require_space(output_dir: Path, needed_bytes: int) -> None:
@@ -138,16 +168,7 @@ def require_space(output_dir: Path, needed_bytes: int) -> None:
 
 def publish(folder: Path, target: Path, about: dict[str, Any]) -> None:
     """Put everything on the disk for good, say in the manifest what it is, and give the folder its name."""
-    files = files_below(folder)
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = list(pool.map(_hash_and_flush, files))
-    content = {
-        **about,
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(files, hashes, strict=True)
-        },
-    }
+    content = {**about, "files": _flush_files(folder)}
     manifest = folder / MANIFEST
     manifest.write_text(
         json.dumps({**content, "manifest_sha256": _digest(content)}, ensure_ascii=False, indent=1) + "\n", "utf-8"
@@ -159,6 +180,35 @@ def publish(folder: Path, target: Path, about: dict[str, Any]) -> None:
     _flush(target.parent)
     if replaced:
         shutil.rmtree(replaced)
+
+
+def publish_result(folder: Path, output_dir: Path) -> dict[str, Any]:
+    """Put a result on the disk for good and move it to where it belongs; size and hash of each file by its name."""
+    files = _flush_files(folder)
+    for path in result_weights(output_dir):
+        if path.name not in files:  # of an earlier result in other parts
+            path.unlink()
+    for name in files:
+        (output_dir / name).parent.mkdir(exist_ok=True)
+        os.replace(folder / name, output_dir / name)
+    _flush(output_dir)
+    return files
+
+
+def result_weights(output_dir: Path) -> list[Path]:
+    """Files of the model or adapter that an output folder holds as its result."""
+    return sorted(path for name in WEIGHTS for path in output_dir.glob(name))
+
+
+def _flush_files(folder: Path) -> dict[str, Any]:
+    """Size and hash of each file below a folder, all of which are on the disk then."""
+    files = files_below(folder)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = list(pool.map(_hash_and_flush, files))
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(files, hashes, strict=True)
+    }
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Collection[int] = ()) -> None:
@@ -236,22 +286,45 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def find_damage(checkpoint: Path) -> str | None:
     """In what a checkpoint differs from its manifest: the first missing, additional, cut or changed file."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     try:
         recorded = read_manifest(checkpoint)["files"]
     except ValueError as error:
         return str(error)
     found = {path.relative_to(checkpoint).as_posix(): path for path in files_below(checkpoint)}
     del found[MANIFEST]
-    for name in sorted(recorded.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing"
+    for name in sorted(found):
         if name not in recorded or found[name].is_symlink():
             return f"{name} is not of this checkpoint"
-        if (size := found[name].stat().st_size) != recorded[name]["bytes"]:
+    return _find_change(checkpoint, recorded)
+
+
+def find_result_damage(output_dir: Path, recorded: dict[str, Any]) -> str | None:
+    """In what a finished run's result differs from what run.json recorded of its files.
+
+    Weights must have their size and SHA-256. Settings may have been edited by hand: they must be there and not empty.
+    """
+    files = {name: entry for name, entry in recorded.items() if isinstance(entry, dict)}
+    if not files:  # of an earlier version, which recorded no sizes
+        return None if any(output_dir.glob(WEIGHTS[0])) else "its weights are missing"
+    for name in files:
+        path = output_dir / name
+        if path.suffix == ".json" and not (path.is_file() and path.stat().st_size):
+            return f"{name} is missing or empty"
+    return _find_change(output_dir, {name: entry for name, entry in files.items() if name.endswith(".safetensors")})
+
+
+def _find_change(folder: Path, recorded: dict[str, Any]) -> str | None:
+    """The first of the recorded files that is missing, cut or changed."""
+    names = sorted(recorded)
+    for name in names:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != recorded[name]["bytes"]:
             return f"{name} has {size:,} bytes, not {recorded[name]['bytes']:,}"
-    names = sorted(found)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for name, sha256 in zip(names, pool.map(_hash, [found[name] for name in names]), strict=True):
+        for name, sha256 in zip(names, pool.map(_hash, [folder / name for name in names]), strict=True):
             if sha256 != recorded[name]["sha256"]:
                 return f"{name} does not have its SHA-256"
     return None

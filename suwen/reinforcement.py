@@ -68,7 +68,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         stage.finish(trainer, record, output, "evaluation.json")
         return record
     checkpoint = resume_from(args, record, output)
-    if earlier := finished_before(args, record, output):
+    if earlier := finished_before(args, record, output, checkpoint):
         stage.finish(trainer, earlier, output)
         if args.run.eval_tasks and main_process():
             ask_saved(args, start)
@@ -115,9 +115,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         record["stopped"] = reason = f"{reason}. {what}"
     if keeps:
         require_finite_weights(trainer)
-        stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
-    adapter = output / ADAPTER_WEIGHTS
-    record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
+        record["files"] = stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
     record["finished"] = reason is None
     if main_process():
         shutil.rmtree(output / "rollout_adapters", ignore_errors=True)

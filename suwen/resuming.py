@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suwen.arguments import StageArguments
-from suwen.checkpoint import find_checkpoint, identity_difference, read_manifest
+from suwen.checkpoint import (
+    find_checkpoint,
+    find_damage,
+    find_result_damage,
+    identity_difference,
+    read_manifest,
+    result_weights,
+    set_aside,
+)
 from suwen.lineage import read_json
 from suwen.progress import main_process, say
 from suwen.rescale import engine_in_use, fit_processes
@@ -80,17 +88,39 @@ def resume_from(args: StageArguments, record: dict[str, Any], output: Path) -> P
         if checkpoint:
             say(f"going on from {checkpoint}, verified")
         found = [checkpoint]
+    return from_main(found)
+
+
+def from_main(found: list[Any]) -> Any:
+    """What the main process has found, on every rank; `found` holds it there, and anything on the others."""
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def finished_before(args: StageArguments, record: dict[str, Any], output: Path) -> dict[str, Any] | None:
-    """The record of this very run where it has come to its end in this folder, which is said; then nothing is left."""
+def find_damage_once(checkpoint: Path) -> str | None:
+    """`find_damage`, looked for by the main process and known to every rank, all of which take part."""
+    return from_main([find_damage(checkpoint) if main_process() else None])
+
+
+def finished_before(
+    args: StageArguments, record: dict[str, Any], output: Path, checkpoint: Path | None
+) -> dict[str, Any] | None:
+    """The record of this very run where it has come to its end in this folder, which is said; then nothing is left.
+
+    Where its result is not whole any more, the run goes on from `checkpoint` to make it again.
+    """
     earlier = read_json(output / "run.json")
     if args.run.resume != "auto" or not earlier.get("finished") or not earlier.get("identity"):
         return None
     if identity_difference(at_its_place(earlier["identity"], record["identity"]), record["identity"]):
+        return None
+    damage = None
+    if main_process() and (damage := find_result_damage(output, earlier.get("files", {}))):
+        say(f"this very run has finished, but {damage}: its result is made again, from {checkpoint or 'its start'}")
+        if left := result_weights(output):
+            say(f"weights that were there moved to {set_aside(left, output, 'damaged')}")
+    if from_main([damage]):
         return None
     say("this very run has finished already: nothing is trained again (--resume never starts anew)")
     return earlier

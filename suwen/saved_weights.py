@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from suwen.checkpoint import Unlike
+
 MOMENTS_BYTES = 8  # a trained parameter, before the first step: AdamW's two in float32
 MASTERS_BYTES = 4  # and DeepSpeed's own copy
 
@@ -20,7 +22,7 @@ def require_saved(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] 
     and their sum.
 
     Raises:
-        RuntimeError: a tensor differs, is missing, or is of another type.
+        Unlike: a tensor differs, is missing, or is of another type, or there is none at all.
     """
     require_equal(_by_stored_name(model, state_dict), sorted(folder.glob("*.safetensors")))
 
@@ -59,8 +61,10 @@ def _by_stored_name(model: Any, state_dict: dict[str, torch.Tensor] | None) -> d
 def require_equal(live: dict[str, torch.Tensor], files: list[Path]) -> None:
     """
     Raises:
-        RuntimeError: see `require_saved`.
+        Unlike: see `require_saved`.
     """
+    if not live:
+        raise Unlike("there are no weights to be saved")
     seen: set[int] = set()
     other_names: list[torch.Tensor] = []
     written: set[str] = set()
@@ -74,14 +78,14 @@ def require_equal(live: dict[str, torch.Tensor], files: list[Path]) -> None:
                     continue
                 seen.add(live[name].data_ptr())
                 if not _same(saved, live[name]):
-                    raise RuntimeError(f"{path.name}: {name} is not what is in memory")
+                    raise Unlike(f"{path.name}: {name} is not what is in memory")
     # What is stored once under another name, such as tied embeddings, is not missing
     left = {n: t for n, t in live.items() if n not in written and t.data_ptr() not in seen}
     if left or other_names:
         once = {tensor.data_ptr(): tensor for tensor in left.values()}
         counts, sums = zip(*(_content(tensors) for tensors in (list(once.values()), other_names)), strict=True)
         if counts[0] != counts[1] or not abs(sums[0] - sums[1]) <= 1e-6 * max(1.0, abs(sums[0])):
-            raise RuntimeError(f"{next(iter(left), 'a tensor')}: is not in the files as it is in memory")
+            raise Unlike(f"{next(iter(left), 'a tensor')}: is not in the files as it is in memory")
 
 
 def _same(saved: torch.Tensor, live: torch.Tensor) -> bool:

@@ -16,18 +16,11 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from suwen import attention, planning
 from suwen.arguments import StageArguments
-from suwen.checkpoint import checkpoint_step
+from suwen.checkpoint import UNFINISHED, checkpoint_step, explained_writing, publish_result, remove_unfinished
 from suwen.data import changed_files
 from suwen.failures import explained
 from suwen.generation import window_of
-from suwen.lineage import (
-    ADAPTER_WEIGHTS,
-    describe_lineage,
-    file_sha256,
-    find_start,
-    is_adapter_dir,
-    read_json,
-)
+from suwen.lineage import describe_lineage, find_start, is_adapter_dir, read_json
 from suwen.locking import hold, refuse_abandoned_builds
 from suwen.models import compute_precision, load_config, positions_of, without_adapter
 from suwen.nonfinite import require_finite_weights
@@ -343,7 +336,7 @@ def run_stage(
         finish(trainer, record, output, "evaluation.json")
         return record
     checkpoint = resume_from(args, record, output)
-    if earlier := finished_before(args, record, output):
+    if earlier := finished_before(args, record, output, checkpoint):
         finish(trainer, earlier, output)
         if args.run.eval_tasks and main_process():
             ask_saved(args, start)
@@ -363,9 +356,7 @@ def run_stage(
         done = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
         record["evaluation"] = done[-1] if done else trainer.evaluate()
     require_finite_weights(trainer)
-    save_result(trainer, output, stop_token_ids)
-    adapter = output / ADAPTER_WEIGHTS
-    record["files"] = {adapter.name: file_sha256(adapter)} if adapter.is_file() else {}
+    record["files"] = save_result(trainer, output, stop_token_ids)
     record["finished"] = True
     if main_process():
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
@@ -458,18 +449,36 @@ def changed_since(data: PreparedData) -> list[str]:
     ]
 
 
-def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> None:
-    """Write the finished model or adapter with its tokenizer and stop tokens; every rank takes part."""
+def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> dict[str, Any]:
+    """Write the finished model or adapter with its tokenizer and stop tokens; every rank takes part.
+
+    It is written aside and moved when all of it is on the disk.
+
+    Returns:
+        Size and hash of each file; of the main process.
+
+    Raises:
+        ValueError: the disk does not take it.
+    """
     trainer.model.config.use_cache = True  # switched off for training only
-    trainer.save_model(str(output))
-    if main_process():
+    aside = output / UNFINISHED / "result"
+    with explained_writing(output, "the result", main_process()):
+        if main_process():
+            remove_unfinished(output)
+            aside.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(aside))
+        if not main_process():
+            return {}
         umask = os.umask(0)
         os.umask(umask)
-        for weights in output.glob("*.safetensors"):  # written for the owner alone: give them the usual permissions
+        for weights in aside.glob("*.safetensors"):  # written for the owner alone: give them the usual permissions
             weights.chmod(0o666 & ~umask)
         tokenizer = trainer.processing_class
-        tokenizer.save_pretrained(output)
-        if not stop_token_ids:
-            return
-        stops = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
-        GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(output)
+        tokenizer.save_pretrained(aside)
+        if stop_token_ids:
+            stops = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
+            GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(aside)
+        files = publish_result(aside, output)
+        shutil.rmtree(aside.parent)
+        return files

@@ -23,8 +23,10 @@ from suwen.checkpoint import (
     Saves,
     find_checkpoint,
     find_damage,
+    find_result_damage,
     identity_difference,
     list_checkpoints,
+    publish_result,
     read_manifest,
     set_aside,
 )
@@ -172,9 +174,85 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_so(tmp_path):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ValueError, match="step 6: .*No space left on device.*the last whole one is .*checkpoint-5"):
+    with pytest.raises(
+        ValueError, match="step 6: .*No space left on device.*the last whole checkpoint is .*checkpoint-5"
+    ):
         Saves(tmp_path).save(6, write, {})
     assert find_checkpoint(tmp_path, "auto") == (tmp_path / "checkpoint-5", [])
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "/nowhere/model.pt"])
+def test_what_torch_says_of_a_disk_is_told_as_such(place, tmp_path):
+    with pytest.raises(ValueError, match="step 6: the checkpoint could not be written .*no checkpoint yet"):
+        Saves(tmp_path).save(6, lambda folder: torch.save(torch.ones(100_000), place), {})
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:54321"),
+        torch.distributed.DistNetworkError("connection reset"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_lost_peer_and_memory_that_is_too_small_are_no_matter_of_the_disk(failure, tmp_path):
+    def fail(*_: object) -> None:
+        raise failure
+
+    with pytest.raises(type(failure)) as error:
+        Saves(tmp_path).save(6, fail, {})
+    assert error.value is failure
+    with pytest.raises(type(failure)) as error:
+        Saves(tmp_path, wait=fail).save(6, lambda folder: None, {})
+    assert error.value is failure
+
+
+RESULT = {"model.safetensors": b"weights" * 100, "config.json": b"{}", "merges.txt": b"", "sub/a.jinja": b"x"}
+
+
+def publish(folder: Path) -> dict:
+    aside = folder / UNFINISHED / "result"
+    for name, content in RESULT.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_bytes(content)
+    return publish_result(aside, folder)
+
+
+def test_a_result_is_put_beside_what_is_there_and_takes_the_place_of_an_earlier_one(tmp_path):
+    for name in ("run.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "model.safetensors"):
+        (tmp_path / name).write_text("earlier")
+    files = publish(tmp_path)
+    assert {name: entry["bytes"] for name, entry in files.items()} == {n: len(c) for n, c in RESULT.items()}
+    assert all((tmp_path / name).read_bytes() == content for name, content in RESULT.items())
+    left = {path.name for path in tmp_path.iterdir()} - {UNFINISHED}
+    assert left == {"model.safetensors", "config.json", "merges.txt", "sub", "run.json"}
+    assert find_result_damage(tmp_path, files) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors has 0 bytes, not 700"),
+        (lambda folder: flip(folder / "model.safetensors", 5), "model.safetensors does not have its SHA-256"),
+        (lambda folder: (folder / "config.json").write_bytes(b""), "config.json is missing or empty"),
+        (lambda folder: (folder / "config.json").write_bytes(b'{"edited": "by hand"}'), None),
+        (lambda folder: (folder / "merges.txt").unlink(), None),
+    ],
+)
+def test_of_a_result_weights_must_be_as_they_were_and_settings_be_there(change, expected, tmp_path):
+    files = publish(tmp_path)
+    change(tmp_path)
+    assert find_result_damage(tmp_path, files) == expected
+
+
+def test_a_result_of_an_earlier_version_is_believed_if_there_are_weights(tmp_path):
+    for recorded in ({}, {"adapter_model.safetensors": "0" * 64}):
+        assert find_result_damage(tmp_path, recorded) == "its weights are missing"
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    assert find_result_damage(tmp_path, {"adapter_model.safetensors": "0" * 64}) is None
 
 
 def test_a_step_is_saved_once(tmp_path):
@@ -189,7 +267,9 @@ def test_a_failed_publication_is_told_at_the_next_save_or_at_the_end(tmp_path):
     saves = Saves(save(tmp_path, 5).parent)
     for step, end in ((6, saves.finish), (7, lambda: saves.save(8, lambda folder: None, {}))):
         saves.save(step, lambda folder: (folder / "gone").symlink_to(tmp_path / "nowhere"), {})
-        with pytest.raises(ValueError, match=f"step {step}: .*No such file.*the last whole one is .*checkpoint-5"):
+        with pytest.raises(
+            ValueError, match=f"step {step}: .*No such file.*the last whole checkpoint is .*checkpoint-5"
+        ):
             end()
     saves.finish()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
@@ -198,7 +278,7 @@ def test_a_failed_publication_is_told_at_the_next_save_or_at_the_end(tmp_path):
 def test_space_is_asked_for_before_anything_is_written(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     written: list[Path] = []
-    with pytest.raises(ValueError, match="needs .* GB on the disk of .* GB are free.*there is none yet"):
+    with pytest.raises(ValueError, match="needs .* GB on the disk of .* GB are free.*there is no checkpoint yet"):
         Saves(tmp_path).save(1, written.append, {}, needed_bytes=2 * free)
     assert not written
 
@@ -279,6 +359,8 @@ def test_weights_that_are_not_those_in_memory_are_found(tmp_path):
             require_equal(live | wrong, [file])
     with pytest.raises(RuntimeError, match="b: is not in the files"):
         require_equal(live | {"b": torch.ones(1)}, [file])
+    with pytest.raises(RuntimeError, match="there are no weights to be saved"):
+        require_equal({}, [])
 
 
 def test_experts_under_other_names_are_compared_as_a_whole(tmp_path):

@@ -301,6 +301,26 @@ def test_a_run_killed_before_its_result_was_saved_only_saves_it(base, tmp_path):
         assert torch.equal(tensor, saved[name])
 
 
+def test_a_finished_run_whose_result_is_not_whole_makes_it_again_from_its_last_checkpoint(base, tmp_path, capsys):
+    flags = ["--max_steps", "2", "--use_peft", "True", "--eval_strategy", "no"]
+    record, out = run_stage("sft", base, tmp_path, *flags), tmp_path / "sft"
+    weights = out / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for what, damage in (
+        ("adapter_model.safetensors is missing", weights.unlink),
+        (f"adapter_model.safetensors has 9 bytes, not {len(whole):,}", lambda: weights.write_bytes(whole[:9])),
+    ):
+        damage()
+        again = run_stage("sft", base, tmp_path, *flags)
+        said = capsys.readouterr().out
+        assert f"has finished, but {what}: its result is made again, from {out / 'checkpoint-2'}" in said
+        assert again["finished"] and again["training"]["resumed_from"] == str(out / "checkpoint-2")
+        assert again["files"] == record["files"] and weights.read_bytes() == whole
+    assert [file.read_bytes() for file in out.glob("damaged-*/adapter_model.safetensors")] == [whole[:9]]
+    run_stage("sft", base, tmp_path, *flags)
+    assert "has finished already" in capsys.readouterr().out
+
+
 def test_evaluation_alone_leaves_the_record_of_the_training(base, tmp_path):
     record = run_stage("sft", base, tmp_path, "--max_steps", "2")
     words = [w for w in arguments("sft", str(tmp_path / "sft"), tmp_path) if w != "--do_train"]

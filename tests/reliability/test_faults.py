@@ -218,7 +218,7 @@ def test_a_file_that_the_disk_does_not_take_stops_the_run_cleanly(sft, tmp_path,
     started = sft.start(output, before=LargestFile(sizes["optimizer.pt"] - 1000))
     assert started.wait() == 2, started.text()[-3000:]
     last = started.text().strip().splitlines()[-1]
-    assert "step 6: the checkpoint could not be written" in last and "the last whole one is" in last
+    assert "step 6: the checkpoint could not be written" in last and "the last whole checkpoint is" in last
     assert "Traceback" not in started.text() and not (output / ".unfinished").exists()
     assert newest_whole(output) == 4
     sft.finish(output)
@@ -246,7 +246,7 @@ def test_a_full_disk_stops_the_run_before_it_writes(sft, small_disk, ledger):
     last = started.text().strip().splitlines()[-1]
     assert "could not be written" in last and "0.00 GB are free" in last and "Traceback" not in started.text()
     reached = newest_whole(output)
-    assert reached >= 1 and f"the last whole one is {output}/checkpoint-{reached}" in last
+    assert reached >= 1 and f"the last whole checkpoint is {output}/checkpoint-{reached}" in last
     for path in list_checkpoints(output)[:-1]:  # room is made by hand
         shutil.rmtree(path)
     sft.finish(output, "--save_steps", "5", "--save_total_limit", "1")
