@@ -22,7 +22,7 @@ from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer, describe_updates
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
-from suwen.resuming import about_run, finished_before, resume_from
+from suwen.resuming import about_run, find_damage_once, finished_before, resume_from
 from suwen.saved_weights import require_equal, state_bytes
 from suwen.stage_tasks import ask_at_step, ask_result, ask_saved, forget_steps_after
 
@@ -193,14 +193,20 @@ def best_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def settle_on_best(trainer: PolicyTrainer, output: Path, best: dict[str, Any] | None) -> tuple[bool, str]:
-    """Put the best evaluation's weights in place of those that an alarm is about.
+    """Put the best evaluation's weights in place of those that an alarm is about, if their checkpoint is whole.
 
-    Without evaluations the newest checkpoint is taken for it. Returns whether there is something to save, and what.
+    Without evaluations the newest whole checkpoint is taken for it. Returns whether there is something to save, and
+    what.
     """
     trainer.accelerator.wait_for_everyone()
-    saved = [path for path in list_checkpoints(output) if not best or named_step(path) == best["step"]]
+    saved, problem = list_checkpoints(output), "there is no checkpoint before it"
+    if best:
+        saved = [path for path in saved if named_step(path) == best["step"]]
+        problem = f"checkpoint-{best['step']} of the best evaluation is gone" if best["step"] else "the start was best"
+    while saved and (damage := find_damage_once(saved[-1])):
+        problem = f"{saved.pop().name} is damaged ({damage})"
     if not saved:
-        return False, "No weights are saved: " + ("the start was best" if best else "there is no checkpoint before it")
+        return False, f"No weights are saved: {problem}"
     history = trainer.history  # what led to the alarm stays in the curves
     load_checkpoint(trainer, saved[-1])
     trainer.history = history

@@ -423,6 +423,7 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
         "resumed_from": str(checkpoint) if checkpoint else None,
+        **({"weights_of": trainer.weights_of} if trainer.weights_of else {}),
         **({"skipped_steps": trainer.nonfinite.skipped} if trainer.nonfinite.skipped else {}),
     }
 

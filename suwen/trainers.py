@@ -24,7 +24,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import PAIR_COLUMNS, collate_ends, collate_pairs, collate_rows
-from suwen.checkpoint import Saves
+from suwen.checkpoint import Saves, named_step
 from suwen.interruption import StopSignals
 from suwen.lineage import read_json
 from suwen.lora import fuse_lora
@@ -34,7 +34,9 @@ from suwen.nonfinite import NonFinite, require_finite_evaluation, require_finite
 from suwen.packing import BalancedSampler, Packs, pack_best_fit
 from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio_loss, preference_loss, sum_by_answer
 from suwen.probe import gathered_module_by_module
+from suwen.progress import say
 from suwen.records import write_json
+from suwen.resuming import find_damage_once
 from suwen.saved_weights import load_saved, require_saved, state_bytes
 
 UNLOGGED = "unlogged.json"  # in a checkpoint: what the next log line will be made of
@@ -57,6 +59,13 @@ def row_lengths(rows: Any, columns: Sequence[str]) -> np.ndarray:
     return lengths
 
 
+def best_saved_step(state: Any) -> int | None:
+    """Step of the best checkpoint: an evaluation that is better may be of a step without one; None where none was."""
+    if state.best_model_checkpoint:
+        return named_step(Path(state.best_model_checkpoint))
+    return state.best_global_step  # the library forgets a path that is no longer there
+
+
 class PackedTrainer(Trainer):
     """Trains on packs of rows; the loss is a mean over all items of an optimiser step, on all ranks.
 
@@ -71,6 +80,7 @@ class PackedTrainer(Trainer):
     length_columns: tuple[str, ...]  # a row is as long as these together
     collate: Callable[..., dict[str, Any]]
     run_dir: str | None = None  # where a checkpoint is being written
+    weights_of: str | None = None  # with --load_best_model_at_end: what the weights at the end are, as a phrase
     resumed_from: Path | None = None  # until its state is taken up
 
     def __init__(
@@ -242,8 +252,13 @@ class PackedTrainer(Trainer):
             return 0.0
         return norm
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ends the training; the same on every rank."""
+        return self.stop_agreed or (self.args.world_size == 1 and bool(self.signals.received))
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.stop_agreed or (self.args.world_size == 1 and self.signals.received):
+        if self.stopped:
             self.control.should_save = self.control.should_training_stop = True
             self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -288,7 +303,7 @@ class PackedTrainer(Trainer):
             self.about,
             needed_bytes=state_bytes(self.model, self.optimizer, self.is_deepspeed_enabled),
             limit=self.args.save_total_limit,
-            keep=[state.best_global_step] if state.best_global_step else [],
+            keep=[step if state.best_global_step == step else best_saved_step(state) or 0],
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -329,10 +344,21 @@ class PackedTrainer(Trainer):
         )
 
     def _load_best_model(self) -> None:
+        """The best evaluation's weights, where their checkpoint is whole; else those of the last step stay."""
+        step = best_saved_step(self.state)
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        problem = find_damage_once(best) if step else "no evaluation was compared"
+        if problem:
+            which = f" ({best.name})" if step else ""
+            self.weights_of = f"the last step, as the best checkpoint{which} cannot be used: {problem}"
+            say(f"note: --load_best_model_at_end: the weights are those of {self.weights_of}")
+            return
+        self.state.best_model_checkpoint = str(best)  # as the library stored it, it may be another folder's
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(str(best))
+        self.weights_of = f"{best.name}, the best evaluation"
 
     def go_on(self) -> None:
         """Take up what had been computed, but not logged, before a checkpoint; the library has set it to nothing."""
@@ -360,7 +386,15 @@ class PackedTrainer(Trainer):
         self.go_on()  # where no epoch was left
         self.saves.finish()  # the best checkpoint may be loaded now
         self.saves.wait()  # a rank that left would have the launcher end the one that publishes
-        return super()._finalize_training(*args, **kwargs)
+        limit, best = self.args.save_total_limit, self.args.load_best_model_at_end
+        if best and not self.stopped:
+            self._load_best_model()
+        # The library would load the best as it is, and with a limit of 1 delete all others, from which a run goes on
+        self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = limit, best
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.go_on()

@@ -510,6 +510,13 @@ def test_after_an_alarm_the_weights_are_those_of_the_best_evaluation(tmp_path):
     found = reinforcement.trained_weights(trainer)
     assert all(torch.equal(tensor, weights[2][name]) for name, tensor in found.items())
     assert any(not torch.equal(tensor, weights[4][name]) for name, tensor in found.items())
+    kept = tmp_path / "checkpoint-2" / "trained.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    reinforcement.load_checkpoint(trainer, tmp_path / "checkpoint-4")
+    keeps, what = reinforcement.settle_on_best(trainer, tmp_path, best)
+    assert not keeps and "No weights are saved: checkpoint-2 is damaged (trained.safetensors has " in what
+    keeps, what = reinforcement.settle_on_best(trainer, tmp_path, None)
+    assert keeps and what == "The weights saved are those of checkpoint-4"
 
 
 def test_the_held_out_reward_decides_which_evaluation_is_best():

@@ -1,12 +1,15 @@
 """The same command gives the same result, and a resumed run the bits of an uninterrupted one."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import trials
 
-from suwen.checkpoint import list_checkpoints, named_step
+from suwen.checkpoint import Saves, find_damage, list_checkpoints, named_step
+from suwen.lineage import read_json
 
 pytestmark = pytest.mark.training
 LORA = ("--use_peft", "True", "--lora_dropout", "0.1")
@@ -80,6 +83,56 @@ def test_the_best_checkpoint_is_kept_and_its_weights_are_the_result(flags, base,
     best, *_, last = found = list_checkpoints(output)
     assert [named_step(path) for path in found] == [2, 4, 6], "the best one, and two others"
     assert trials.weights_sha256(output) == trials.weights_sha256(best) != trials.weights_sha256(last)
+
+
+BEST = ("--load_best_model_at_end", "True", "--metric_for_best_model", "token_accuracy", "--greater_is_better", "False")
+BEST += ("--max_steps", "6", "--eval_steps", "2", "--save_steps", "2", "--validation_split_fraction", "0.2", *LORA)
+
+
+def test_a_signal_leaves_the_newest_checkpoint_beside_the_best_where_one_is_kept(base, tmp_path, monkeypatch):
+    data, output = trials.write_rows(tmp_path / "rows.jsonl", "sft"), tmp_path / "out"
+    command = trials.words("sft", base, data, output, *BEST, "--save_total_limit", "1")
+    save = Saves.save
+
+    def signalled(saves, step, *args, **options):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # noticed after the next step
+        save(saves, step, *args, **options)
+
+    monkeypatch.setattr(Saves, "save", signalled)
+    with pytest.raises(SystemExit) as end:
+        trials.run("sft", command)
+    assert end.value.code == 143
+    assert [(named_step(path), find_damage(path)) for path in list_checkpoints(output)] == [(2, None), (3, None)]
+    monkeypatch.undo()
+    trials.run("sft", command)
+    record = read_json(output / "run.json")
+    assert record["training"]["resumed_from"].endswith("checkpoint-3")
+    assert record["training"]["weights_of"] == "checkpoint-2, the best evaluation"
+    assert [named_step(path) for path in list_checkpoints(output)] == [2, 6]
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["damaged", "gone"])
+def test_a_best_checkpoint_that_is_not_whole_is_not_the_result(lost, base, tmp_path, monkeypatch, capsys):
+    data, output = trials.write_rows(tmp_path / "rows.jsonl", "sft"), tmp_path / "out"
+    save = Saves.save
+
+    def damaging(saves, step, *args, **options):
+        save(saves, step, *args, **options)
+        saves.finish()
+        if step == 4:
+            weights = output / "checkpoint-2" / "adapter_model.safetensors"
+            content = weights.read_bytes()
+            shutil.rmtree(weights.parent) if lost else weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(Saves, "save", damaging)
+    trials.run("sft", trials.words("sft", base, data, output, *BEST))
+    what = "there is no such folder" if lost else "adapter_model.safetensors does not have its SHA-256"
+    expected = f"the last step, as the best checkpoint (checkpoint-2) cannot be used: {what}"
+    record = read_json(output / "run.json")
+    assert record["finished"] and record["training"]["weights_of"] == expected
+    assert f"the weights are those of {expected}" in capsys.readouterr().out
+    assert trials.weights_sha256(output) == trials.weights_sha256(output / "checkpoint-6")
 
 
 def last_checkpoint(output: Path) -> str:
