@@ -9,15 +9,15 @@ answers become unlikely or answers begin to repeat themselves; it stops nothing 
     python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import PreferenceArguments, parse_library_flags, parse_stage_arguments, run
+from suwen.arguments import PreferenceArguments, StageArguments, parse_library_flags, run, stage_main
 
 # 5e-7: Zephyr's DPO (Tunstall et al. 2023, arXiv:2310.16944); 5e-6 for LoRA: alignment-handbook's QLoRA recipe.
 LEARNING_RATE, LORA_LEARNING_RATE = 5e-7, 5e-6
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", "num_train_epochs": 1}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_stage_arguments(argv, "dpo", __doc__, HELP_DEFAULTS, PreferenceArguments)
+@stage_main("dpo", __doc__, HELP_DEFAULTS, PreferenceArguments)
+def main(args: StageArguments) -> None:
     from suwen import models, stage
     from suwen.alarms import PreferenceAlarms
     from suwen.data import cache_root, prepare_data

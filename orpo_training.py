@@ -7,7 +7,7 @@ no reference model; the prompt that both answers share is computed once. Dropout
     python orpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import OddsRatioArguments, parse_library_flags, parse_stage_arguments, run
+from suwen.arguments import OddsRatioArguments, StageArguments, parse_library_flags, run, stage_main
 
 # 5e-6: the authors' Mistral-ORPO (Hong et al. 2024, arXiv:2403.07691, app. C); LoRA wants ten times the rate of all
 # weights (Schulman et al. 2025, "LoRA Without Regret").
@@ -15,8 +15,8 @@ LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 5e-5
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", "num_train_epochs": 1}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_stage_arguments(argv, "orpo", __doc__, HELP_DEFAULTS, OddsRatioArguments)
+@stage_main("orpo", __doc__, HELP_DEFAULTS, OddsRatioArguments)
+def main(args: StageArguments) -> None:
     from suwen import models, stage
     from suwen.data import prepare_data
     from suwen.encoding import ChatEncoder, describe_row

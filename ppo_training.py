@@ -8,7 +8,7 @@ and reference. Prompts are those of SFT, preference and exam files, with the tur
     python ppo_training.py --model_name_or_path outputs/sft --train_file_dir data/sft --reward model:outputs/rm=1.0
 """
 
-from suwen.arguments import PolicyArguments, parse_library_flags, parse_stage_arguments, run
+from suwen.arguments import PolicyArguments, StageArguments, parse_library_flags, run, stage_main
 
 # 3e-6: Huang et al. 2024 (arXiv:2403.17031), table 2; 1e-5 for LoRA, whose few weights need larger steps.
 LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-5
@@ -19,8 +19,8 @@ DEFAULTS = {
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", **DEFAULTS}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_stage_arguments(argv, "ppo", __doc__, HELP_DEFAULTS, PolicyArguments)
+@stage_main("ppo", __doc__, HELP_DEFAULTS, PolicyArguments)
+def main(args: StageArguments) -> None:
     from suwen import models, reinforcement, rewards, stage
     from suwen.data import prepare_data
     from suwen.encoding import ChatEncoder

@@ -6,15 +6,15 @@ On a server, and by hand:
     python pretraining.py --model_name_or_path MODEL --train_file_dir data/pretrain --output_dir outputs/pt --do_train
 """
 
-from suwen.arguments import parse_library_flags, parse_stage_arguments, run
+from suwen.arguments import StageArguments, parse_library_flags, run, stage_main
 
 # 2e-5 for all weights, 2e-4 for LoRA: MedicalGPT's run_pt.sh.
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", "num_train_epochs": 1}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_stage_arguments(argv, "pt", __doc__, HELP_DEFAULTS)
+@stage_main("pt", __doc__, HELP_DEFAULTS)
+def main(args: StageArguments) -> None:
     from suwen import models, stage
     from suwen.data import prepare_data
     from suwen.encoding import describe_row

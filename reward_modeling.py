@@ -8,7 +8,7 @@ held-out pairs (prompts that were not trained) is written to score_report.json a
     python reward_modeling.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import RewardArguments, parse_library_flags, parse_stage_arguments, run
+from suwen.arguments import RewardArguments, StageArguments, parse_library_flags, run, stage_main
 
 # 1e-5, one epoch, as more overfits, and a short memory of AdamW: Llama 2's (Touvron et al. 2023, arXiv:2307.09288,
 # section 3.2.2); LoRA wants ten times the rate of all weights (Schulman et al. 2025, "LoRA Without Regret"). Obvious
@@ -18,8 +18,8 @@ DEFAULTS = {"num_train_epochs": 1, "adam_beta2": 0.95}
 HELP_DEFAULTS = {"learning_rate": f"{LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}", **DEFAULTS}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_stage_arguments(argv, "rm", __doc__, HELP_DEFAULTS, RewardArguments)
+@stage_main("rm", __doc__, HELP_DEFAULTS, RewardArguments)
+def main(args: StageArguments) -> None:
     if args.run.eval_tasks:
         raise ValueError("--eval_tasks: a reward model writes no answers; its own report is in score_report.json")
     from suwen import models, score_report, stage

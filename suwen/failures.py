@@ -1,44 +1,42 @@
-"""Failures of a training that are not its own: memory that is too small, another process that has ended."""
+"""Failures of a run that are not its own: memory or a disk that is too small, another process that has ended."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import errno
+import os
 from pathlib import Path
 
 import torch
 
-from suwen.checkpoint import list_checkpoints
-from suwen.memory import Outlook, out_of_memory_advice
+from suwen.arguments import StageArguments
+from suwen.checkpoint import last_whole
+from suwen.memory import out_of_memory_advice
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 PEER_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "timeout")
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
 
 
-@contextlib.contextmanager
-def explained(output_dir: Path, outlook: Outlook | None, world_size: int) -> Iterator[None]:
-    """Turn such failures into one line that says what to do.
+def explain(error: BaseException, args: StageArguments) -> str | None:
+    """One line that says what to do about such a failure; None for all others.
 
     Args:
-        outlook: the run as it was planned; None where it could not be.
-
-    Raises:
-        ValueError: that line.
+        args: of the stage, with its plan where there is one by then.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, OUT_OF_MEMORY):
-            advice = out_of_memory_advice(outlook) if outlook else "lower --per_device_train_batch_size or --max_length"
-            raise ValueError(f"out of memory; {advice}") from error
-        if isinstance(error, torch.distributed.DistError) or (world_size > 1 and _says(text, PEER_LOST)):
-            whole = list_checkpoints(output_dir)
-            last = f"; the same command goes on from {whole[-1]}" if whole else ""
-            raise ValueError(
-                f"another process of this run has ended or does not answer ({text[:200]}){last}"
-            ) from error
-        raise
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, OUT_OF_MEMORY):
+        outlook = args.outlook
+        advice = out_of_memory_advice(outlook) if outlook else "lower --per_device_train_batch_size or --max_length"
+        return f"out of memory; {advice}"
+    output_dir, several = Path(args.run.output_dir), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if isinstance(error, torch.distributed.DistError) or (
+        several and isinstance(error, RuntimeError | ConnectionError) and _says(text, PEER_LOST)
+    ):
+        return f"another process of this run has ended or does not answer ({text[:200]}); {last_whole(output_dir)}"
+    if isinstance(error, OSError) and error.errno in DISK:
+        what = error.filename or "cached data (--cache_dir), logs (--logging_dir) or records (--output_dir)"
+        return f"{what}: could not be written or read ({error.strerror}); {last_whole(output_dir)}"
+    return None
 
 
 def _says(text: str, signs: tuple[str, ...]) -> bool:

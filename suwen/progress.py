@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,18 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="Could not find a config file in")  # the base is a LoRA folder itself
+    threading.excepthook = _thread_failed
     for name in ("transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_excepthook = threading.excepthook
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its failure, such as a full disk, to the training, and need not print it."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        _excepthook(failed)
 
 
 # What a log line shows, in this order; the rest is in TensorBoard and in trainer_state.json.

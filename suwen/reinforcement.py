@@ -15,8 +15,7 @@ from tqdm import tqdm
 from suwen import stage
 from suwen.arguments import StageArguments
 from suwen.checkpoint import Saves, list_checkpoints, named_step
-from suwen.failures import explained
-from suwen.lineage import ADAPTER_WEIGHTS, file_sha256, read_json
+from suwen.lineage import read_json
 from suwen.nonfinite import require_finite_weights
 from suwen.policy_alarms import Limits, find_alarm
 from suwen.ppo import PolicyTrainer, describe_updates
@@ -88,7 +87,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     trainer.on_nonfinite = args.run.on_nonfinite
     if trainer.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its gradient is seen; expected stop")
-    with explained(output, args.outlook, config.world_size), trainer.signals:
+    with trainer.signals:
         reason = train(trainer, args, start, limits, about)
     for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
         tracker.finish()

@@ -18,7 +18,6 @@ from suwen import attention, planning
 from suwen.arguments import StageArguments
 from suwen.checkpoint import UNFINISHED, checkpoint_step, explained_writing, publish_result, remove_unfinished
 from suwen.data import changed_files
-from suwen.failures import explained
 from suwen.generation import window_of
 from suwen.lineage import describe_lineage, find_start, is_adapter_dir, read_json
 from suwen.locking import hold, refuse_abandoned_builds
@@ -347,7 +346,7 @@ def run_stage(
     trainer.about, trainer.nonfinite.action = about_run(record), args.run.on_nonfinite
     if args.run.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
-    with explained(output, args.outlook, config.world_size), trainer.signals:
+    with trainer.signals:
         record["training"] = train(trainer, checkpoint)
     trainer.signals.leave(trainer.state.global_step)
     say(*changed_since(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
@@ -68,6 +69,31 @@ class LargestFile:
 
     def __call__(self, output: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit_bytes, self.limit_bytes))
+
+
+@dataclass(frozen=True)
+class FullFrom(LargestFile):
+    """The same from the first call of a function on, in the process and its threads.
+
+    Attributes:
+        module, function: the place where it is called from, and its name there; a method with its class.
+    """
+
+    module: str
+    function: str
+
+    def __call__(self, output: Path) -> None:
+        owner = importlib.import_module(self.module)
+        *names, last = self.function.split(".")
+        for name in names:
+            owner = getattr(owner, name)
+        whole = getattr(owner, last)
+
+        def limited(*args, **kwargs):
+            LargestFile.__call__(self, output)
+            return whole(*args, **kwargs)
+
+        setattr(owner, last, limited)
 
 
 def drop_root(output: Path) -> None:

@@ -10,8 +10,8 @@ import trials
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
+from suwen.arguments import stage_main
 from suwen.checkpoint import list_checkpoints
-from suwen.failures import explained
 from suwen.memory import Outlook, Setting, shape_of
 from suwen.nonfinite import ROWS_FILE
 
@@ -110,12 +110,46 @@ OUTLOOK = Outlook(shape_of(TINY), SETTING, 1e9, "of main memory")
 def test_memory_that_is_too_small_is_answered_by_the_planner(tmp_path, ledger):
     ledger.inject("out of memory")
     with pytest.raises(ValueError, match="out of memory; planned .* of 1.00 GB of main memory") as error:
-        with explained(tmp_path, OUTLOOK, 1):
-            torch.empty(1 << 60)
+        stage_of(lambda: torch.empty(1 << 60), tmp_path, OUTLOOK)
     assert "--gradient_checkpointing True needs" in str(error.value) and "\n" not in str(error.value)
     ledger.add("out of memory")
 
 
 def test_other_failures_keep_their_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), explained(tmp_path, OUTLOOK, 1):
-        torch.ones(2, 3) @ torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        stage_of(lambda: torch.ones(2, 3) @ torch.ones(2, 3), tmp_path, OUTLOOK)
+
+
+def test_memory_that_is_too_small_before_there_is_a_plan_is_answered_too(tmp_path):
+    with pytest.raises(ValueError, match="out of memory; lower --per_device_train_batch_size or --max_length"):
+        stage_of(lambda: torch.empty(1 << 60), tmp_path)
+
+
+def test_a_lost_peer_is_told_wherever_it_is_missed(tmp_path):
+    def fail() -> None:
+        raise torch.distributed.DistNetworkError("recvValue failed")
+
+    with pytest.raises(ValueError, match="another process of this run has ended .*; there is no checkpoint yet"):
+        stage_of(fail, tmp_path)
+
+
+def test_a_disk_that_is_full_is_told_wherever_it_is_met(tmp_path):
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(ValueError, match="could not be written or read .No space left on device.; there is no check"):
+        stage_of(write, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        stage_of(lambda: open(tmp_path / "nowhere"), tmp_path)
+
+
+def stage_of(work, output: Path, outlook: Outlook | None = None) -> None:
+    """A stage that does this alone."""
+
+    @stage_main("sft", "", {})
+    def main(args) -> None:
+        args.outlook = outlook
+        work()
+
+    main(["--output_dir", str(output)])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import trials
-from faults import KillInSave, LargestFile, drop_root
+from faults import FullFrom, KillInSave, LargestFile, drop_root
 
 from suwen.checkpoint import files_below, find_checkpoint, find_damage, list_checkpoints, named_step
 
@@ -223,6 +224,44 @@ def test_a_file_that_the_disk_does_not_take_stops_the_run_cleanly(sft, tmp_path,
     assert newest_whole(output) == 4
     sft.finish(output)
     ledger.add(kind, lost_steps=2)
+
+
+def test_a_result_that_the_disk_does_not_take_leaves_the_last_checkpoint_to_make_it_from(sft, tmp_path, ledger):
+    kind = "disk full in the result"
+    output = tmp_path / "out"
+    ledger.inject(kind)
+    started = sft.start(output, before=FullFrom(16_384, "suwen.stage", "save_result"))
+    assert started.wait() == 2, started.text()[-3000:]
+    last = started.text().strip().splitlines()[-1]
+    assert "the result could not be written" in last and f"checkpoint is {output}/checkpoint-6, the same" in last
+    assert "Traceback" not in started.text() and not (output / ".unfinished").exists()
+    assert newest_whole(output) == 6 and not list(output.glob("*.safetensors"))
+    sft.finish(output)
+    ledger.add(kind, lost_steps=0)
+
+
+PLACES = {
+    "cached data": (FullFrom(4096, "suwen.data", "_build"), ()),
+    "run.json": (FullFrom(4096, "suwen.stage", "describe_run"), ()),
+    "TensorBoard": (
+        FullFrom(4096, "transformers.integrations.integration_utils", "TensorBoardCallback.on_train_begin"),
+        ("--report_to", "tensorboard"),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_disk_that_is_full_elsewhere_stops_the_run_with_one_line(place, sft, tmp_path, ledger):
+    fault, flags = PLACES[place]
+    ledger.inject(f"disk full: {place}")
+    flags = ("--cache_dir", str(tmp_path / "cache"), *flags)
+    started = sft.start(tmp_path / "out", *flags, before=fault)
+    assert started.wait() == 2, started.text()[-3000:]
+    last = started.text().strip().splitlines()[-1]
+    assert re.search(r"could not be written or read \(.*File too large\); there is no checkpoint yet", last)
+    assert "Traceback" not in started.text()
+    sft.finish(tmp_path / "out", *flags)
+    ledger.add(f"disk full: {place}")
 
 
 @pytest.fixture
