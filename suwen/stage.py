@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -95,6 +96,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             "weights would be written as pickles, and no model at the end"
         )
     if uses_deepspeed(library):
+        refuse_ungathered(library)
         from torch.utils.cpp_extension import get_default_build_root
 
         refuse_abandoned_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
@@ -121,6 +123,23 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
     return start, precision, length
+
+
+def refuse_ungathered(library: dict[str, Any]) -> None:
+    """DeepSpeed's ZeRO-3 gathers the weights for a save only if it is told to; otherwise no model would be saved."""
+    if planning.sharding_of(library)[0] != "zero3":
+        return
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if file := library.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        found = read_json(Path(file)).get("zero_optimization", {}).get(key)
+    else:
+        file, key = "the launcher's deepspeed_config", "zero3_save_16bit_model"
+        found = os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "").lower() == "true"
+    if found is not True:
+        raise ValueError(
+            f"{file}: found {key} {json.dumps(found)}, expected true as in configs/zero3.json; there would be no model "
+            "at the end"
+        )
 
 
 def automatic_length(

@@ -409,6 +409,27 @@ def test_a_mistake_gets_one_line(words, expected, base, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("gathers", [None, False, "auto"])
+def test_an_engine_that_would_save_no_model_is_refused(gathers, base, tmp_path):
+    config = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = gathers
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="mine.json: found stage3_gather_.*, expected true as in configs/zero3.json"):
+        run_stage("sft", base, tmp_path, "--deepspeed", str(tmp_path / "mine.json"))
+
+
+def test_a_launcher_that_would_save_no_model_is_refused(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setenv("ACCELERATE_USE_FSDP", "true")
+        context.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+        with pytest.raises(ValueError, match="fsdp_state_dict_type: found SHARDED_STATE_DICT, expected FULL_STATE_"):
+            run_stage("sft", base, tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ValueError, match="deepspeed_config: found zero3_save_16bit_model false, expected true"):
+        run_stage("sft", base, tmp_path)
+
+
 def test_a_mistake_ends_with_code_2_and_no_traceback(base, tmp_path):
     words = arguments("sft", base, tmp_path, "--template_name", "nonesuch")
     result = subprocess.run(command("sft", *words), env=environment(tmp_path), capture_output=True, text=True)
