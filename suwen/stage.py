@@ -76,6 +76,7 @@ UNSAFE = {
     "save_only_model": "nothing could go on from such a checkpoint; the weights in one of ours are read like any model",
     "enable_jit_checkpoint": "SIGTERM saves a whole checkpoint already, and the library's would not be verified",
     "save_on_each_node": "a checkpoint is one folder, on a disk that all machines see",
+    "ignore_data_skip": "a resumed run would train rows again that it has trained already, and others never",
     "auto_find_batch_size": "repeats rows that were trained already; give --per_device_train_batch_size auto",
 }
 

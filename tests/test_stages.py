@@ -400,6 +400,9 @@ def test_stretched_positions_follow_an_adapter_through_the_stages(base, tmp_path
         (["--output_dir", f"{__file__}/out"], "--output_dir .*cannot be written to"),
         (["--validation_split_percentage", "five"], "found five, expected a number"),
         (["--save_only_model"], "--save_only_model: nothing could go on from such a checkpoint"),
+        (["--save_on_each_node"], "--save_on_each_node: a checkpoint is one folder"),
+        (["--auto_find_batch_size"], "--auto_find_batch_size: repeats rows .*--per_device_train_batch_size auto"),
+        (["--ignore_data_skip"], "--ignore_data_skip: a resumed run would train rows again"),
         (["--enable_jit_checkpoint"], "--enable_jit_checkpoint: SIGTERM saves a whole checkpoint already"),
     ],
 )
