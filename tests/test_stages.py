@@ -19,6 +19,7 @@ import orpo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
+from suwen.adapters import check_adapter
 from suwen.lineage import resolve_lineage
 from suwen.models import load_causal_lm, load_config
 from template import TEMPLATES
@@ -321,6 +322,26 @@ def test_a_finished_run_whose_result_is_not_whole_makes_it_again_from_its_last_c
     assert "has finished already" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_from_the_checkpoint_that_is_given(base, tmp_path):
+    flags = ["--max_steps", "3", "--save_steps", "1", "--use_peft", "True", "--eval_strategy", "no"]
+    record, out = run_stage("sft", base, tmp_path, *flags), tmp_path / "sft"
+    given = str(out / "checkpoint-1")
+    again = run_stage("sft", base, tmp_path, *flags, "--resume", given)
+    assert again["training"]["resumed_from"] == given and again["training"]["steps"] == 3
+    assert again["files"] == record["files"], "the very bits"
+    assert sorted(path.name for path in out.glob("later-*/*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_neither_secrets_nor_pickled_arguments_are_left(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_fromtheenvironment")
+    run_stage("sft", base, tmp_path, "--max_steps", "1", "--hub_token", "hf_fromtheflag", "--use_peft", "True")
+    files = [path for path in (tmp_path / "sft").rglob("*") if path.is_file()]
+    assert {"run.json", "MANIFEST.json", "trainer_state.json"} <= {path.name for path in files}
+    for path in files:
+        assert b"hf_fromthe" not in path.read_bytes(), path
+        assert path.name != "training_args.bin"
+
+
 def test_evaluation_alone_leaves_the_record_of_the_training(base, tmp_path):
     record = run_stage("sft", base, tmp_path, "--max_steps", "2")
     words = [w for w in arguments("sft", str(tmp_path / "sft"), tmp_path) if w != "--do_train"]
@@ -431,6 +452,22 @@ def test_a_launcher_that_would_save_no_model_is_refused(base, tmp_path, monkeypa
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(ValueError, match="deepspeed_config: found zero3_save_16bit_model false, expected true"):
         run_stage("sft", base, tmp_path)
+
+
+def test_weights_that_are_pickles_are_refused(base, tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder, weights in ((model, "pytorch_model.bin"), (adapter, "adapter_model.bin")):
+        folder.mkdir()
+        torch.save({"a": torch.ones(1)}, folder / weights)
+    (model / "config.json").write_bytes((Path(base) / "config.json").read_bytes())
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match="found pytorch_model.bin, expected weights as safetensors; convert once"):
+        run_stage("sft", str(model), tmp_path)
+    with pytest.raises(ValueError, match="no adapter_model.safetensors .adapter_model.bin is not read: pickle can run"):
+        load_causal_lm(str(adapter))
+    with pytest.raises(ValueError, match="adapter_model.bin is not read: pickle can run code"):
+        check_adapter(str(adapter))
 
 
 def test_a_mistake_ends_with_code_2_and_no_traceback(base, tmp_path):
