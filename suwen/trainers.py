@@ -343,6 +343,13 @@ class PackedTrainer(Trainer):
             model, found, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         )
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if f"eval_{name}" not in metrics:
+            known = ", ".join(key.removeprefix("eval_") for key in metrics if key.startswith("eval_"))
+            raise ValueError(f"--metric_for_best_model: found {name}, expected one of {known}")
+        return super()._determine_best_metric(metrics, trial)
+
     def _load_best_model(self) -> None:
         """The best evaluation's weights, where their checkpoint is whole; else those of the last step stay."""
         step = best_saved_step(self.state)

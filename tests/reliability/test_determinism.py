@@ -135,6 +135,14 @@ def test_a_best_checkpoint_that_is_not_whole_is_not_the_result(lost, base, tmp_p
     assert trials.weights_sha256(output) == trials.weights_sha256(output / "checkpoint-6")
 
 
+def test_a_metric_that_is_not_measured_is_one_line(base, tmp_path):
+    data = trials.write_rows(tmp_path / "rows.jsonl", "sft")
+    flags = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", "--validation_split_fraction", "0.2")
+    flags += ("--metric_for_best_model", "bleu")
+    with pytest.raises(ValueError, match=r"^--metric_for_best_model: found bleu, expected one of .*token_accuracy"):
+        trials.run("sft", trials.words("sft", base, data, tmp_path / "out", *flags))
+
+
 def last_checkpoint(output: Path) -> str:
     return max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1])).name
 
