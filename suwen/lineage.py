@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import transformers
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from suwen.conversion.convert import command_for, conversion_command
 from suwen.readers import first_line
@@ -90,8 +90,30 @@ def find_start(model_name_or_path: str | None, outputs: str, stage: str) -> tupl
     return str(build_embedded_model()), "the embedded default, as no stage before this one has finished"
 
 
+def needs_code(config: dict[str, Any], path: str) -> str | None:
+    """Why a checkpoint cannot be loaded without code of its own, and what to do; None for one that can.
+
+    Args:
+        config: content of its config.json.
+        path: a folder or a hub name.
+    """
+    if command := conversion_command(config, path):
+        return f"needs code from its folder, which never runs; convert it: {command}"
+    kind = config.get("model_type")
+    known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.get("auto_map") and not known:
+        return (
+            f"model_type {kind!r} needs code from its folder, which never runs; "
+            "tools/convert_checkpoint.py does not know it"
+        )
+    return None
+
+
 def require_model(path: str) -> None:
-    """Refuse a path that is neither a model folder nor a plausible hub name, and folders that need foreign code."""
+    """Refuse a path that is neither a model folder nor a plausible hub name, and folders that need foreign code.
+
+    What a hub name stands for is looked at where its config is fetched, see `suwen.models.config_of_lineage`.
+    """
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
@@ -106,13 +128,8 @@ def require_model(path: str) -> None:
         raise ValueError(
             f"model {path!r}: found no config.json or adapter_config.json, expected a model or LoRA folder"
         )
-    if command := conversion_command(config, path):
-        raise ValueError(f"model {path!r}: needs code from its folder, which never runs; convert it: {command}")
-    if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
-        raise ValueError(
-            f"model {path!r}: model_type {config.get('model_type')!r} needs code from its folder, which never runs; "
-            "tools/convert_checkpoint.py does not know it"
-        )
+    if reason := needs_code(config, path):
+        raise ValueError(f"model {path!r}: {reason}")
     if not list(folder.glob("*.safetensors")):
         found = [p.name for p in folder.glob("*.bin")] or [p.name for p in folder.glob("*.pt*")] or ["no weights"]
         raise ValueError(

@@ -154,7 +154,7 @@ def shape_of(config: Any, target_modules: str = "all") -> Shape:
     text = config.get_text_config()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"config: {str(error).splitlines()[0]}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import (
@@ -19,11 +18,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from suwen import architectures, experts, two_bit
 from suwen.conversion.convert import command_for
+from suwen.conversion.tokenizer_files import unknown_class
 from suwen.encoding import apply_template
 from suwen.head import add_reward_forward, add_scoring_head, init_reward_head
 from suwen.lineage import (
@@ -32,6 +34,7 @@ from suwen.lineage import (
     has_reward_head,
     is_adapter_dir,
     is_reward_model,
+    needs_code,
     read_json,
     refuse_reward_model,
     require_model,
@@ -59,16 +62,19 @@ def load_tokenizer(path: str, template_name: str | None = None) -> Any:
     folder = Path(path)
     if folder.is_dir() and is_adapter_dir(folder) and not (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(adapter_base(folder), template_name)
-    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class") if folder.is_dir() else None
-    names = (str(name), f"{name}Fast", str(name).removesuffix("Fast"))
-    if name and not any(hasattr(room, n) for room in (transformers, architectures) for n in names):
-        raise ValueError(
-            f"tokenizer {path!r}: class {name!r} is not part of transformers; convert the checkpoint first"
-        )
+    settings, tokenizer = read_json(folder / "tokenizer_config.json"), None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        settings = settings or get_tokenizer_config(path)  # of a hub name: what AutoTokenizer would fetch
+        if not unknown_class(settings):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"tokenizer {path!r}: {first_line(error)}") from None
+        if "trust_remote_code" not in str(error):  # the library advises to let the code run
+            raise ValueError(f"tokenizer {path!r}: {first_line(error)}") from None
+    if tokenizer is None:
+        raise ValueError(
+            f"tokenizer {path!r}: class {settings.get('tokenizer_class')!r} needs code from its folder, which never "
+            f"runs; convert the checkpoint: {command_for(path)}"
+        )
     if tokenizer.is_fast and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         command = command_for(folder, adapter_base(folder) or "BASE" if is_adapter_dir(folder) else None)
         raise ValueError(
@@ -93,7 +99,10 @@ def load_config(path: str) -> Any:
 def config_of_lineage(base: str, adapters: list[str]) -> Any:
     """Config of a base as the last of its adapters was trained, with stretched positions where it had them."""
     try:
-        config = AutoConfig.from_pretrained(base)
+        content, _ = PreTrainedConfig.get_config_dict(base)  # of a hub name: what AutoConfig would fetch
+        if reason := needs_code(content, base):
+            raise ValueError(reason)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {base!r}: {first_line(error)}") from None
     for adapter in reversed(adapters):
@@ -184,17 +193,16 @@ def load_base(
 ) -> Any:
     """A full model from a folder or the hub, without its adapters; `reward`: with a head of one score, `score`."""
     require_model(path)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attn_implementation}
+    config = config or config_of_lineage(path, [])
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    options["attn_implementation"] = attn_implementation
     if reward:
-        config = config or AutoConfig.from_pretrained(path)
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ValueError(f"model {path!r}: model type {config.model_type!r} has no class with a head for scores")
         trained_head = has_reward_head(config)
         config.num_labels = 1
     else:
         refuse_reward_model(path)
-    if config is not None:
-        options["config"] = config
     place = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     exported = bool(getattr(config, "quantization_config", None))  # by tools/quantize_model.py
     if exported and quantization != "none":

@@ -230,7 +230,7 @@ def check_extended(before: Any, target: Path, new: list[str], lines: list[str]) 
     """Compare the written tokenizer with the one it was made from."""
     from transformers import AutoTokenizer
 
-    after = AutoTokenizer.from_pretrained(target)
+    after = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     for token_id, token in before.added_tokens_decoder.items():
         if (moved := after.convert_tokens_to_ids(token.content)) != token_id:
             raise ValueError(f"the special token {token.content} would move from {token_id} to {moved}")

@@ -1,5 +1,6 @@
 """Converted checkpoints compute what the originals computed; what the tables do not know is refused."""
 
+import ast
 import json
 import re
 import shlex
@@ -20,16 +21,21 @@ from old_checkpoints import (
     write_original,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+import supervised_finetuning
 from suwen.conversion.convert import compare_logits, conversion_command, convert_checkpoint, convert_lora, probe_rows
 from suwen.conversion.families import FAMILIES, apply_rule, find_rule, recognise
 from suwen.conversion.originals import original_logits
 from suwen.conversion.tables import by_group, queries_keys_values, thirds
 from suwen.conversion.weights import Shard, find_shards
 from suwen.embedded import sample_texts
+from suwen.encoding import ChatEncoder
 from suwen.lineage import require_model
+from suwen.models import load_base, load_causal_lm, load_config, load_tokenizer
 from tools import convert_checkpoint as convert_tool
 
 pytestmark = pytest.mark.training
@@ -387,8 +393,6 @@ torch.save({{"internlm2": plain, "baichuan-13b": run("baichuan-13b")}}, "logits.
 
 
 def test_a_native_checkpoint_in_bin_files_becomes_safetensors(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
     config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                            num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     model = MistralForCausalLM(config).eval()
@@ -540,9 +544,6 @@ def test_flags_for_models_are_refused_with_an_adapter(flags, tmp_path):
 
 
 def test_a_converted_chat_model_stops_at_its_own_tokens_and_answers_through_the_toolkit(tmp_path):
-    from suwen.encoding import ChatEncoder
-    from suwen.models import load_causal_lm, load_tokenizer
-
     model = train_sentencepiece(user_defined_symbols=("<|im_start|>", "<|im_end|>"))
     write_original(tmp_path / "old", "internlm2", "bin", vocab_size=2528)
     (tmp_path / "old" / "tokenizer.model").write_bytes(model)
@@ -557,6 +558,148 @@ def test_a_converted_chat_model_stops_at_its_own_tokens_and_answers_through_the_
     assert loaded.generation_config.top_p == 0.8
     prompt = torch.tensor([encoder.encode_prompt([{"role": "user", "content": "发热怎么办？"}])])
     assert loaded.generate(prompt, max_new_tokens=3, min_new_tokens=3).shape[1] == prompt.shape[1] + 3
+
+
+# Code of a checkpoint
+
+CODE_MAP = {f"Auto{kind}": f"foreign.{kind}" for kind in ("Config", "Model", "ModelForCausalLM")}
+
+
+def write_foreign(folder: Path, config: dict, settings: dict | None = None) -> Path:
+    """A checkpoint with code of its own; the file that the code would leave if it ran."""
+    marker = folder / "code_has_run"
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    tiny_tokenizer().save_pretrained(folder)
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return marker
+
+
+def refusal(load, *words: str) -> str:
+    with pytest.raises(ValueError) as error:
+        load(*words)
+    assert "\n" not in str(error.value) and "trust_remote_code" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        (
+            {"model_type": "foreign", "auto_map": CODE_MAP},
+            None,
+            "model_type 'foreign' needs code .*never runs; .*does not know it",
+        ),
+        ({"model_type": "vit", "auto_map": CODE_MAP}, None, "model_type 'vit' needs code from its folder, .*"),
+        (RECOGNISED["internlm2"] | {"auto_map": CODE_MAP}, None, "needs code .*never runs; convert it: {command}"),
+        ({"model_type": "llama"}, {"tokenizer_class": "Own"}, "class 'Own' needs code .*; convert .*: {command}"),
+        (
+            {"model_type": "llama", "auto_map": CODE_MAP},
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["foreign.Own", None]}},
+            "class 'Own' needs code from its folder, which never runs; convert the checkpoint: {command}",
+        ),
+    ],
+    ids=["model", "model of another kind", "model of a known family", "tokenizer", "tokenizer with code"],
+)
+def test_a_stage_refuses_a_folder_that_needs_its_code_in_one_line_and_never_runs_it(
+    config, settings, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    marker = write_foreign(folder, config, settings)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "发热", "output": "就医"}) + "\n")
+    words = ["--model_name_or_path", str(folder), "--train_file_dir", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--report_to", "none"]
+    command = f"python tools/convert_checkpoint.py --model_name_or_path {folder} --output_dir {folder}-converted"
+    assert re.search(expected.format(command=re.escape(command)) + "$", refusal(supervised_finetuning.main, words))
+    assert not marker.exists()
+
+
+def test_a_tokenizer_of_a_model_that_is_not_known_asks_nobody_whether_its_code_may_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    settings = {"auto_map": {"AutoTokenizer": ["foreign.Own", None]}}
+    marker = write_foreign(tmp_path, {"model_type": "foreign"}, settings)
+    assert f"--output_dir {tmp_path}-converted" in refusal(load_tokenizer, str(tmp_path))
+    assert not marker.exists()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts a checkpoint where a download would have left it; the network is off."""
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(name: str, *content: dict) -> Path:
+        folder, commit = tmp_path / f"models--{name.replace('/', '--')}", "0" * 40
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        return write_foreign(folder / "snapshots" / commit, *content)
+
+    return put
+
+
+def test_a_hub_name_that_needs_code_is_refused_with_the_way_to_convert_it(hub):
+    name = "baichuan-inc/Baichuan2-13B-Chat"
+    hub(name, RECOGNISED["baichuan2-13b"])  # its class is one of ours, which would not normalise the head
+    command = (
+        f"hf download {name} --local-dir models/Baichuan2-13B-Chat && python tools/convert_checkpoint.py "
+        "--model_name_or_path models/Baichuan2-13B-Chat --output_dir models/Baichuan2-13B-Chat-converted"
+    )
+    for load in (load_config, load_causal_lm, lambda name: load_base(name, torch.float32)):
+        assert refusal(load, name) == (
+            f"model {name!r}: needs code from its folder, which never runs; convert it: {command}"
+        )
+    marker = hub("who/foreign", {"model_type": "foreign", "auto_map": CODE_MAP})
+    assert "model_type 'foreign' needs code" in refusal(load_config, "who/foreign")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["foreign.Own", None]}}
+    other = hub("who/tokenizer", {"model_type": "llama"}, settings)
+    assert "hf download who/tokenizer --local-dir models/tokenizer && " in refusal(load_tokenizer, "who/tokenizer")
+    assert not marker.exists() and not other.exists()
+
+
+def test_a_hub_name_that_needs_no_code_is_read_and_one_that_cannot_be_fetched_is_said_to_be(hub):
+    hub("who/plain", {"model_type": "llama", "hidden_size": 64})
+    assert load_config("who/plain").hidden_size == 64
+    assert load_tokenizer("who/plain").eos_token == "</s>"
+    assert "couldn't connect" in refusal(load_config, "who/absent")
+
+
+def test_the_memory_plan_of_an_original_on_the_hub_is_that_of_its_converted_model(hub):
+    from tools.plan_memory import load_config as config_to_plan
+
+    hub("Qwen/Qwen-7B", RECOGNISED["qwen"])
+    assert config_to_plan("Qwen/Qwen-7B").model_type == "qwen2"
+    marker = hub("who/foreign", {"model_type": "foreign", "auto_map": CODE_MAP})
+    assert "model_type 'foreign' needs code" in refusal(config_to_plan, "who/foreign")
+    assert not marker.exists()
+
+
+def test_every_class_that_could_run_code_of_a_checkpoint_is_told_not_to():
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("suwen/**/*.py"), *ROOT.glob("tools/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in ("from_pretrained", "from_config") and "Auto" in ast.unparse(node.func):
+                given = "trust_remote_code=False" in ast.unparse(node) or any(k.arg is None for k in node.keywords)
+                assert given, f"{file}:{node.lineno}"
+
+
+def test_a_native_checkpoint_whose_tokenizer_needs_code_gets_one_that_needs_none(tmp_path):
+    (tmp_path / "old").mkdir()
+    config = MistralConfig(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                           num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["foreign.Own", None]}, "eos_token": "</s>"}
+    marker = write_foreign(tmp_path / "old", config.to_dict(), settings)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "old")
+    convert(tmp_path / "old", tmp_path / "new")
+    text = "高血压患者应当低盐饮食。"
+    assert load_tokenizer(str(tmp_path / "new"))(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    assert not marker.exists()
 
 
 def test_every_tensor_of_every_family_has_exactly_one_rule():

@@ -71,12 +71,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def load_config(name: str, family_name: str | None = None) -> Any:
     """Config of a size by its name, of a model, or of what an original would be converted to."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     import suwen.architectures  # noqa: F401  (registers its classes)
-    from suwen.conversion.convert import conversion_command, is_converted
+    from suwen.conversion.convert import conversion_command
     from suwen.conversion.families import FAMILIES, convert_config, recognise
     from suwen.conversion.weights import read_json
+    from suwen.lineage import needs_code
     from suwen.memory import SIZES as NAMED
 
     sizes = {size.lower(): values for size, values in NAMED.items()}
@@ -89,17 +90,21 @@ def load_config(name: str, family_name: str | None = None) -> Any:
             f"Qwen/Qwen3-8B, or one of {', '.join(NAMED)}"
         )
     content = read_json(path if path.is_file() else path / "config.json")
-    if content and not is_converted(content) and conversion_command(content, name):
-        family = FAMILIES[family_name] if family_name else recognise(content)
-        assert family is not None
-        return convert_config(family, content)
     try:
-        return AutoConfig.from_pretrained(name)
+        content = content or PreTrainedConfig.get_config_dict(name)[0]  # of a hub name: what AutoConfig would fetch
+        original = conversion_command(content, name)
+        if not original and (why := needs_code(content, name)):
+            raise ValueError(why)
+        if not original:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"--model_name_or_path {name}: {reason}; expected a model or one of {', '.join(NAMED)}"
         ) from None
+    family = FAMILIES[family_name] if family_name else recognise(content)
+    assert family is not None
+    return convert_config(family, content)
 
 
 def print_table(common: dict[str, Any]) -> None:

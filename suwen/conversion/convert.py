@@ -30,6 +30,7 @@ def conversion_command(config: Config, path: str | os.PathLike) -> str | None:
 
     Args:
         config: content of its config.json.
+        path: a folder or a hub name.
     """
     if is_converted(config):
         return None
@@ -37,16 +38,22 @@ def conversion_command(config: Config, path: str | os.PathLike) -> str | None:
         known = recognise(config) is not None
     except ValueError:
         known = True  # the conversion itself asks which of two families it is
-    if not known:
-        return None
-    return command_for(path)
+    return command_for(path) if known else None
 
 
 def command_for(path: str | os.PathLike, base: str | None = None) -> str:
-    """The command that converts the folder at `path`; `base`: that of a LoRA folder."""
-    source, target = shlex.quote(str(path)), shlex.quote(f"{str(path).rstrip('/')}-converted")
+    """The command that converts the folder at `path`; for a hub name the download comes first.
+
+    `base`: that of a LoRA folder.
+    """
+    source, download = str(path).rstrip("/"), ""
+    if not Path(source).exists():
+        name, source = source, f"models/{source.rsplit('/', 1)[-1]}"
+        download = f"hf download {shlex.quote(name)} --local-dir {shlex.quote(source)} && "
+    target = shlex.quote(f"{source}-converted")
+    source = shlex.quote(source)
     middle = f" --base_model {shlex.quote(base)}" if base else ""
-    return f"python tools/convert_checkpoint.py --model_name_or_path {source}{middle} --output_dir {target}"
+    return f"{download}python tools/convert_checkpoint.py --model_name_or_path {source}{middle} --output_dir {target}"
 
 
 def is_converted(config: Config) -> bool:
@@ -132,7 +139,9 @@ def convert_into(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     native = family is NATIVE
-    new_config = AutoConfig.from_pretrained(folder) if native else convert_config(family, config)
+    new_config = (
+        AutoConfig.from_pretrained(folder, trust_remote_code=False) if native else convert_config(family, config)
+    )
     log(f"{folder}: {config['model_type'] + ', kept' if native else f'{family.name} -> {family.model_type}'}")
     plan = plan_weights(family, config, folder)
     additions = family.additions(config)
@@ -167,7 +176,7 @@ def write_generation_config(folder: Path, target: Path, config: Any, log: Callab
     ends = settings.pop("eos_token_id", config.eos_token_id)
     ends = list(ends) if isinstance(ends, list) else [ends]
     if (target / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
         ends.append(tokenizer.eos_token_id)
         settings |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
         if tokenizer.chat_template:
@@ -195,7 +204,7 @@ def compare_logits(folder: Path, config: Config, family: Family, target: Path, d
 
     if family.name not in FORWARDS:
         return "nothing to verify: the tensors are those of the original"
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, trust_remote_code=False).eval()
     ids, mask = probe_rows(model.config)
     found = model(input_ids=ids, attention_mask=mask.long()).logits
     del model

@@ -54,6 +54,18 @@ class Source:
     spelling: dict[str, str]
 
 
+def unknown_class(settings: dict[str, Any]) -> str | None:
+    """The class that a tokenizer_config.json names, where only code from its folder could define it."""
+    import transformers
+
+    from suwen import architectures
+
+    name = str(settings.get("tokenizer_class") or "")
+    names = (name, f"{name}Fast", name.removesuffix("Fast"))
+    known = any(hasattr(room, n) for room in (transformers, architectures) for n in names)
+    return name if name and not known else None
+
+
 def read_source(folder: Path, family: Family, pieces: list[str], control: dict[int, str]) -> Source:
     """Collect what the tokenizer's own files say, and what its code says where no file does.
 
@@ -205,7 +217,7 @@ def first_difference(
 
     import suwen.architectures  # noqa: F401  (registers its classes)
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     differences = []
     before = tokenizer.convert_tokens_to_ids(prefix)
     for line in lines:

@@ -13,7 +13,7 @@ from pathlib import Path
 from suwen.conversion.families import NATIVE, Family
 from suwen.conversion.sentencepiece import convert_sentencepiece
 from suwen.conversion.tiktoken import convert_tiktoken, is_tiktoken
-from suwen.conversion.tokenizer_files import find_prefix, read_source, save, set_prefix
+from suwen.conversion.tokenizer_files import find_prefix, read_source, save, set_prefix, unknown_class
 from suwen.conversion.weights import read_json
 
 NATIVE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -39,7 +39,9 @@ def convert_tokenizer(folder: Path, target: Path, family: Family, lines: list[st
     if model is not None and is_tiktoken(model):
         model, ranks = None, model
     complete = [path for path in (folder / name for name in NATIVE_FILES) if path.is_file()]
-    if family is NATIVE and any(path.name in ("tokenizer.json", "vocab.json") for path in complete):
+    settings = read_json(folder / "tokenizer_config.json")
+    native = family is NATIVE and unknown_class(settings) is None
+    if native and any(path.name in ("tokenizer.json", "vocab.json") for path in complete):
         for path in complete:
             shutil.copyfile(path, target / path.name)
         return "tokenizer: copied as it is"
@@ -49,7 +51,6 @@ def convert_tokenizer(folder: Path, target: Path, family: Family, lines: list[st
         return convert_sentencepiece(folder, model, target, family, lines)
     if (folder / "tokenizer.json").is_file():
         return copy_fast(folder, target, family)
-    settings = read_json(folder / "tokenizer_config.json")
     if settings:
         raise ValueError(
             f"{folder}: tokenizer class {settings.get('tokenizer_class')!r} comes without tokenizer.model, *.tiktoken "

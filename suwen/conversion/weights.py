@@ -202,7 +202,7 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", name)
