@@ -37,7 +37,7 @@ from suwen.probe import gathered_module_by_module
 from suwen.progress import say
 from suwen.records import write_json
 from suwen.resuming import find_damage_once
-from suwen.saved_weights import load_saved, require_saved, state_bytes
+from suwen.saved_weights import load_saved, require_saved, save_compared, state_bytes, taken_up
 
 UNLOGGED = "unlogged.json"  # in a checkpoint: what the next log line will be made of
 
@@ -314,10 +314,8 @@ class PackedTrainer(Trainer):
             # A checkpoint holds weights by their live names; the library would give experts other ones, and not know
             # these when the run goes on
             names = {"save_original_format": False} if self.run_dir and not isinstance(model, PeftModel) else {}
-            given = dict(state_dict) if state_dict is not None else None  # the library may empty it
-            model.save_pretrained(folder, state_dict=given, **names)
+            save_compared(model, folder, state_dict, **names)
             self.processing_class.save_pretrained(folder)
-            require_saved(model, folder, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -371,6 +369,11 @@ class PackedTrainer(Trainer):
         """Take up what had been computed, but not logged, before a checkpoint; the library has set it to nothing."""
         if self.resumed_from is None:
             return
+        if self.is_deepspeed_enabled:  # with an adapter the engine passes over weights that it does not find
+            found = self.accelerator.get_state_dict(self.deepspeed)
+            if self.args.should_save:
+                with taken_up(self.resumed_from):
+                    require_saved(self.accelerator.unwrap_model(self.model), self.resumed_from, found)
         found, self.resumed_from = read_json(self.resumed_from / UNLOGGED), None
         first = self.args.process_index == 0  # sums are over all ranks
         device = self.args.device

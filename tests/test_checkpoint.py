@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.file_baton import FileBaton
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from suwen import checkpoint as module
 from suwen import interruption
@@ -34,7 +35,7 @@ from suwen.interruption import StopSignals
 from suwen.locking import hold, refuse_abandoned_builds
 from suwen.records import command_without_secrets, without_secrets
 from suwen.resuming import at_its_place
-from suwen.saved_weights import require_equal
+from suwen.saved_weights import require_equal, require_saved, save_compared, taken_up
 
 ROOT = Path(__file__).parents[1]
 CONTENT = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 50, "global_step5/rank_0.pt": b"engine"}
@@ -363,14 +364,28 @@ def test_weights_that_are_not_those_in_memory_are_found(tmp_path):
         require_equal({}, [])
 
 
-def test_experts_under_other_names_are_compared_as_a_whole(tmp_path):
-    stacked = {"experts": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig])
+def test_experts_under_other_names_are_compared_one_by_one(kind, tmp_path):
+    sizes = {"moe_intermediate_size": 12, "num_experts": 3} if kind is Qwen3MoeConfig else {"num_local_experts": 3}
+    config = kind(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+                  num_key_value_heads=2, head_dim=4, num_experts_per_tok=2, **sizes)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    save_compared(model, tmp_path, model.state_dict())
     file = tmp_path / "model.safetensors"
-    save_file({f"expert.{i}": row.clone() for i, row in enumerate(stacked["experts"])}, file)
-    require_equal(stacked, [file])
-    save_file({f"expert.{i}": row.clone() + (i == 2) for i, row in enumerate(stacked["experts"])}, file)
-    with pytest.raises(RuntimeError, match="experts: is not in the files"):
-        require_equal(stacked, [file])
+    saved = load_file(file)
+    names = [name for name in saved if ".experts." in name]
+    assert len(names) == 2 * 3 * 3 and not set(names) & model.state_dict().keys()
+    one, other = names[0], names[0].replace("experts.0.", "experts.1.")
+    for wrong in ({one: saved[other], other: saved[one]}, {one: saved[one] + 1e-7}):
+        save_file(saved | wrong, file)
+        with pytest.raises(RuntimeError, match=r"experts.0.* is not what is in memory"):
+            require_saved(model, tmp_path)
+    save_file({name: tensor for name, tensor in saved.items() if name != one}, file)
+    with pytest.raises(RuntimeError, match=f"{one}: is not in the files"):
+        require_saved(model, tmp_path)
+    with pytest.raises(ValueError, match=r"was not taken up as it was saved .*--resume never"), taken_up(tmp_path):
+        require_saved(model, tmp_path)
 
 
 def test_secrets_are_not_written_down():

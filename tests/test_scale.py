@@ -11,11 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from processes import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import supervised_finetuning
+from suwen.checkpoint import MANIFEST, publish, read_manifest
 from suwen.packing import Packs
 from suwen.rescale import engine_of, fit_processes
 from suwen.trainers import row_lengths
@@ -149,12 +150,29 @@ def test_two_processes_of_every_engine_have_the_losses_and_weights_of_one(config
     assert "pytorch_model_fsdp.bin" not in files, "weights are safetensors"
 
 
+@pytest.mark.slow
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
+def test_state_in_the_hosts_memory_takes_the_steps_of_one_process(config, base, tmp_path):
+    # Adam with numbers that do not blow up the rounding of tiny gradients: DeepSpeed's own, compiled for the host
+    adam = ["--optim", "adamw_torch", "--adam_epsilon", "1e-3", "--learning_rate", "1e-2", "--max_steps", "3"]
+    train_alone(base, tmp_path / "alone", *adam)
+    train_two(base, tmp_path / "out", config, *adam)
+    require_same_run(tmp_path / "out", tmp_path / "alone", base)
+
+
 @pytest.mark.training
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [("zero2", ()), ("fsdp2", ()), *(pytest.param("fsdp2", kind, marks=pytest.mark.slow) for kind in (LORA, TIED))],
-    ids=["zero2", "fsdp2", "fsdp2, LoRA", "fsdp2, tied"],
+    [
+        ("zero2", ()),
+        ("fsdp2", ()),
+        *(pytest.param("fsdp2", kind, marks=pytest.mark.slow) for kind in (LORA, TIED)),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("zero3", LORA), ("zero2", TIED), ("zero3", TIED))),
+    ],
+    ids=["zero2", "fsdp2", "fsdp2, LoRA", "fsdp2, tied", "zero3, LoRA", "zero2, tied", "zero3, tied"],
 )
 def test_a_resumed_run_of_two_processes_has_the_bits_of_an_uninterrupted_one(config, kind, base, tied, tmp_path):
     base = tied if kind == TIED else base
@@ -167,6 +185,23 @@ def test_a_resumed_run_of_two_processes_has_the_bits_of_an_uninterrupted_one(con
     assert "going on from" in text
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 3
     assert apart(weights(resumed), weights(whole)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.training
+@pytest.mark.distributed
+def test_an_engine_that_does_not_take_up_the_adapter_of_a_checkpoint_is_found(base, tmp_path):
+    flags = ["--max_steps", "2", "--save_steps", "1", *LORA]
+    train_two(base, tmp_path / "whole", "zero3", *flags)
+    folder, resumed = tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed"
+    tensors = load_file(folder / "adapter_model.safetensors")  # says other than the engine's own files
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    about = {name: value for name, value in read_manifest(folder).items() if name != "files"}
+    (folder / MANIFEST).unlink()
+    resumed.mkdir()
+    publish(folder, resumed / "checkpoint-1", about)
+    with pytest.raises(AssertionError, match="was not taken up as it was saved .*--resume never starts anew"):
+        train_two(base, resumed, "zero3", *flags)
 
 
 @pytest.mark.training
