@@ -548,7 +548,9 @@ def stage_main(
             args = parse_stage_arguments(argv, stage, description or "", defaults, own)
             try:
                 work(args)
-            except (OSError, RuntimeError, MemoryError) as error:
+            except ValueError:
+                raise
+            except Exception as error:  # DeepSpeed raises some of no kind
                 from suwen.failures import explain  # loads torch
 
                 if line := explain(error, args):

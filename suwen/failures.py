@@ -1,4 +1,4 @@
-"""Failures of a run that are not its own: memory or a disk that is too small, another process that has ended."""
+"""Failures of a run that are not its own: memory or a disk too small, a process that has ended, float16."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from suwen.arguments import StageArguments
 from suwen.checkpoint import last_whole
 from suwen.memory import out_of_memory_advice
+from suwen.nonfinite import OVERFLOWS
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+SCALE_AT_MINIMUM = ("loss scale already at minimum",)  # DeepSpeed's, an exception of no kind
 PEER_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "timeout")
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
 
@@ -24,6 +26,8 @@ def explain(error: BaseException, args: StageArguments) -> str | None:
         args: of the stage, with its plan where there is one by then.
     """
     text = f"{type(error).__name__}: {error}".splitlines()[0]
+    if _says(text, SCALE_AT_MINIMUM):
+        return OVERFLOWS
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, OUT_OF_MEMORY):
         outlook = args.outlook
         advice = out_of_memory_advice(outlook) if outlook else "lower --per_device_train_batch_size or --max_length"

@@ -15,6 +15,8 @@ from suwen.progress import main_process, say
 ROWS_FILE = "nonfinite_rows.jsonl"
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 60
 MOST_IN_A_ROW = 10  # steps left out one after another: then it is not the rows
+MOST_OVERFLOWS = 40  # one after another, each halving the loss scale: from 2^32, the highest in use, to below 1
+OVERFLOWS = "the gradient overflows float16 at every loss scale; lower --learning_rate, or use --bf16 instead of --fp16"
 
 
 def row_texts(batch: dict[str, Any], tokenizer: Any) -> list[str]:
@@ -65,11 +67,25 @@ class NonFinite:
         skipped: steps left out so far.
     """
 
-    def __init__(self, tokenizer: Any, output_dir: Path) -> None:
-        self.tokenizer, self.output_dir = tokenizer, output_dir
+    def __init__(self, tokenizer: Any, output_dir: Path, unit: str = "step") -> None:
+        """`unit`: what is counted, for messages and the file of rows."""
+        self.tokenizer, self.output_dir, self.unit = tokenizer, output_dir, unit
         self.action = "stop"
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.in_a_row = self.overflows = 0
         self.batches: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def choose(self, action: str, deepspeed: bool) -> None:
+        """
+        Raises:
+            ValueError: the engine cannot leave a step out.
+        """
+        if action == "skip" and deepspeed:
+            raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
+        self.action = action
+
+    def counted(self) -> dict[str, int]:
+        """What run.json says of it."""
+        return {"skipped_steps": self.skipped} if self.skipped else {}
 
     def note(self, loss: torch.Tensor, batch: dict[str, Any]) -> None:
         """Remember a micro-batch until the end of its step."""
@@ -81,20 +97,21 @@ class NonFinite:
         Args:
             norm: of the gradients of all ranks.
             step: the one about to be taken.
-            scaled: a loss scaler looks after the gradients itself.
+            scaled: float16's scaler leaves out steps that are no numbers by itself. It finds its scale by gradients
+                that overflow, so that such a step is told only where a loss is no number either.
 
         Raises:
             ValueError: it is not a number, and the training is to stop.
         """
         batches, self.batches = self.batches, []
-        broken = not scaled and norm is not None and not math.isfinite(float(norm))
+        broken = norm is not None and not math.isfinite(float(norm))
         losses = torch.stack([loss for loss, _ in batches])
         bad = [] if losses.isfinite().all() else (~losses.isfinite()).nonzero()[:, 0].tolist()
         if not broken and not bad:
-            self.in_a_row = 0
+            self.in_a_row = self.overflows = 0
             return False
         rows = [
-            {"step": step, "loss": str(losses[at].item()), "text": text}
+            {self.unit: step, "loss": str(losses[at].item()), "text": text}
             for at in bad or range(len(batches))
             for text in row_texts(batches[at][1], self.tokenizer)
         ]
@@ -103,8 +120,13 @@ class NonFinite:
             guilty = any(own for own, _ in everywhere)
             rows = [row for own, found in everywhere if own or not guilty for row in found]
             bad = bad or [0] * guilty
+        self.overflows += broken
+        if scaled and broken and not bad:
+            if self.overflows == MOST_OVERFLOWS:
+                raise ValueError(f"{self.unit} {step}: {OVERFLOWS}")
+            return False
         what = f"the loss is {rows[0]['loss']}" if bad else f"the gradient is {float(norm)}"
-        line = f"step {step}: {what}; {self.write(rows, shared=broken and world_size > 1)}"
+        line = f"{self.unit} {step}: {what}; {self.write(rows, shared=broken and world_size > 1)}"
         if self.action == "stop":
             raise ValueError(f"{line}; lower --learning_rate, leave --fp16, or go on without them: --on_nonfinite skip")
         self.in_a_row += broken

@@ -363,9 +363,8 @@ def run_stage(
     if main_process():
         write_json(output / "run.json", record)
         shutil.copyfile(data.sketch, output / data.sketch.name)
-    trainer.about, trainer.nonfinite.action = about_run(record), args.run.on_nonfinite
-    if args.run.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
-        raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its loss is seen; expected stop")
+    trainer.about = about_run(record)
+    trainer.nonfinite.choose(args.run.on_nonfinite, trainer.is_deepspeed_enabled)
     with trainer.signals:
         record["training"] = train(trainer, checkpoint)
     trainer.signals.leave(trainer.state.global_step)
@@ -443,7 +442,7 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
         "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
         "resumed_from": str(checkpoint) if checkpoint else None,
         **({"weights_of": trainer.weights_of} if trainer.weights_of else {}),
-        **({"skipped_steps": trainer.nonfinite.skipped} if trainer.nonfinite.skipped else {}),
+        **trainer.nonfinite.counted(),
     }
 
 

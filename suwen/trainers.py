@@ -246,8 +246,8 @@ class PackedTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once an optimiser step, before the optimiser's own; under DeepSpeed after it
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = self.accelerator.scaler is not None  # float16's scaler finds its scale by gradients that overflow
-        if self.nonfinite.found(norm, self.state.global_step + 1, scaled, self.args.world_size):
+        # float16 is scaled everywhere, by accelerate or by DeepSpeed's engine
+        if self.nonfinite.found(norm, self.state.global_step + 1, self.args.fp16, self.args.world_size):
             model.zero_grad(set_to_none=True)  # the optimiser passes over parameters without a gradient
             return 0.0
         return norm

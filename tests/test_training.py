@@ -24,6 +24,7 @@ from suwen import attention
 from suwen.arguments import PreferenceArguments
 from suwen.head import add_scoring_head
 from suwen.models import load_base
+from suwen.nonfinite import MOST_IN_A_ROW, MOST_OVERFLOWS, NonFinite
 from suwen.probe import packing_problem
 from suwen.rows import rows_of_pair
 from suwen.stage import planned_steps
@@ -320,3 +321,59 @@ def test_tokens_are_counted_once_and_without_padding(tmp_path):
         config = settings(tmp_path / name, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=2)
         trainer = train(LanguageModelTrainer, config, data, **other)
         assert trainer.state.num_input_tokens_seen == 2 * total
+
+
+# Steps that are no number
+
+
+def noted(watch: NonFinite, loss: float) -> NonFinite:
+    watch.note(torch.tensor(loss), {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 3)})
+    return watch
+
+
+def test_overflows_are_left_to_the_scaler_of_float16_until_they_never_end(tmp_path):
+    watch = NonFinite(padded_tokenizer(), tmp_path)
+    for step in range(1, MOST_OVERFLOWS):
+        assert not noted(watch, 1.0).found(math.inf, step, True, 1)
+    assert not noted(watch, 1.0).found(1.0, step, True, 1)  # a scale was found
+    for step in range(1, MOST_OVERFLOWS):
+        assert not noted(watch, 1.0).found(math.inf, step, True, 1)
+    with pytest.raises(ValueError, match=f"step {MOST_OVERFLOWS}: the gradient overflows float16 at every loss scale"):
+        noted(watch, 1.0).found(math.inf, MOST_OVERFLOWS, True, 1)
+    assert not list(tmp_path.iterdir()) and watch.skipped == 0
+    with pytest.raises(ValueError, match="the gradient is inf"):
+        noted(watch, 1.0).found(math.inf, 1, False, 1)
+
+
+def test_a_loss_that_is_no_number_is_left_out_under_the_scaler_too_and_not_for_ever(tmp_path, capsys):
+    watch = NonFinite(padded_tokenizer(), tmp_path)
+    watch.choose("skip", deepspeed=False)
+    for step in range(1, MOST_IN_A_ROW):
+        assert noted(watch, math.nan).found(math.nan, step, True, 1)
+        assert not noted(watch, 1.0).found(math.inf, step, True, 1)  # an overflow between them is no good step
+    assert watch.counted() == {"skipped_steps": MOST_IN_A_ROW - 1}
+    printed = capsys.readouterr().out
+    assert printed.count("left out") == MOST_IN_A_ROW - 1 and "finite and used" not in printed
+    with pytest.raises(ValueError, match=f"{MOST_IN_A_ROW} steps one after another were left out"):
+        noted(watch, math.nan).found(math.nan, step, True, 1)
+
+
+def test_a_step_is_not_left_out_under_deepspeed(tmp_path):
+    watch = NonFinite(padded_tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="--on_nonfinite skip: DeepSpeed takes a step before .*; expected stop"):
+        watch.choose("skip", deepspeed=True)
+    watch.choose("stop", deepspeed=True)
+    assert watch.counted() == {}
+
+
+def test_float16_counts_as_scaled_where_the_engine_scales_and_not_accelerate(tmp_path):
+    trainer = train(LanguageModelTrainer, settings(tmp_path), rows(8))
+    assert trainer.accelerator.scaler is None  # as under DeepSpeed
+    for fp16 in (True, False):
+        trainer.args.fp16 = fp16
+        noted(trainer.nonfinite, 1.0)
+        if fp16:
+            assert trainer._get_grad_norm(trainer.model, grad_norm=math.inf) == math.inf
+            continue
+        with pytest.raises(ValueError, match="the gradient is inf"):
+            trainer._get_grad_norm(trainer.model, grad_norm=math.inf)

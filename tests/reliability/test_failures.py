@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import trials
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -31,8 +32,8 @@ def poisoned(tmp_path_factory) -> str:
     return str(folder)
 
 
-def rows_with(folder: Path, numbers: set[int]) -> str:
-    file = Path(trials.write_rows(folder / "rows.jsonl", "sft"))
+def rows_with(folder: Path, numbers: set[int], stage: str = "sft") -> str:
+    file = Path(trials.write_rows(folder / "rows.jsonl", stage))
     lines = file.read_text(encoding="utf-8").splitlines()
     marked = [x.replace("应当怎么办", "@怎么办") if n in numbers else x for n, x in enumerate(lines)]
     file.write_text("\n".join(marked) + "\n", encoding="utf-8")
@@ -69,6 +70,35 @@ def test_a_step_that_is_no_number_can_be_left_out(poisoned, tmp_path, ledger, ca
     assert capsys.readouterr().out.count("left out") == 2
     assert all(tensor.isfinite().all() for tensor in load_file(output / "adapter_model.safetensors").values())
     ledger.add("loss is NaN: skip")
+
+
+def test_a_pair_that_is_no_number_is_named_and_can_be_left_out(poisoned, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = trials.words("dpo", poisoned, rows_with(tmp_path, {7}, "dpo"), output, *LORA, "--packing", "False")
+    command = [word for word in command if word not in ("--max_steps", "6")] + ["--num_train_epochs", "1"]
+    with pytest.raises(ValueError, match="step \\d+: the loss is nan; rows of the batch: .*7号病人"):
+        trials.run("dpo", command)
+    rows = [json.loads(line) for line in (output / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert [("@" in row["text"], "第7号" in row["text"]) for row in rows][:1] == [(True, True)] and len(rows) <= 2
+    trials.run("dpo", [*command, "--on_nonfinite", "skip", "--resume", "never"])
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["finished"] and record["training"]["skipped_steps"] == 1
+    assert math.isfinite(record["training"]["loss"])
+    assert all(tensor.isfinite().all() for tensor in load_file(output / "adapter_model.safetensors").values())
+
+
+@pytest.mark.distributed
+def test_of_two_ranks_both_leave_the_step_out_and_the_rows_of_the_guilty_one_are_named(poisoned, tmp_path):
+    output = tmp_path / "out"
+    flags = ["--on_nonfinite", "skip", "--packing", "False", "--gradient_accumulation_steps", "1"]
+    command = trials.words("sft", poisoned, rows_with(tmp_path, {7}), output, *LORA, *flags)
+    command = [word for word in command if word not in ("--max_steps", "6")] + ["--num_train_epochs", "1"]
+    first, _ = run_ranks("sft", command, output, "ddp")
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["finished"] and record["training"]["skipped_steps"] == 1 and first.count("left out") == 1
+    [row] = [json.loads(line) for line in (output / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert "@" in row["text"] and "7号病人" in row["text"]
+    assert all(tensor.isfinite().all() for tensor in load_file(output / "adapter_model.safetensors").values())
 
 
 def test_where_every_step_is_no_number_nothing_moves_and_the_run_ends(poisoned, tmp_path):
@@ -113,6 +143,15 @@ def test_memory_that_is_too_small_is_answered_by_the_planner(tmp_path, ledger):
         stage_of(lambda: torch.empty(1 << 60), tmp_path, OUTLOOK)
     assert "--gradient_checkpointing True needs" in str(error.value) and "\n" not in str(error.value)
     ledger.add("out of memory")
+
+
+def test_a_loss_scale_of_deepspeed_that_cannot_fall_further_is_one_line(tmp_path):
+    scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    scaler = scalers.DynamicLossScaler(1, 1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+    with pytest.raises(ValueError, match="^the gradient overflows float16 at every loss scale; lower --learning_rate"):
+        stage_of(lambda: scaler.update_scale(True), tmp_path, OUTLOOK)
+    with pytest.raises(KeyError):
+        stage_of(lambda: {}["timeout"], tmp_path, OUTLOOK)
 
 
 def test_other_failures_keep_their_traceback(tmp_path):
