@@ -33,13 +33,14 @@ from suwen.head import count_chunks
 from suwen.interruption import StopSignals
 from suwen.lora import fuse_lora
 from suwen.models import without_adapter, without_dropout
+from suwen.nonfinite import NonFinite
 from suwen.packing import pack_best_fit
 from suwen.probe import on_device
-from suwen.progress import say
 from suwen.questions import ask
 from suwen.rewards import Sample, Weighted, critic_head, require_answer_keys
 from suwen.rollout_server import RolloutServer
 from suwen.rollouts import Rollout, describe_answers, describe_samples, draw_answers, put_rows, row_of
+from suwen.saved_weights import save_compared
 
 
 class PolicyTrainer:
@@ -94,7 +95,7 @@ class PolicyTrainer:
         self.reference = Reference(model, new_adapter=peft_config is not None)
         self.kl_coefficient = settings.kl_coef
         self.signals = StopSignals()  # entered by the caller
-        self.on_nonfinite = "stop"
+        self.nonfinite = NonFinite(self.processing_class, Path(args.output_dir), "update")
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.tokens_seen = 0
@@ -381,32 +382,23 @@ class PolicyTrainer:
                 loss, found = self.loss(rollout, group, batch, advantages, returns)
                 # Ranks' gradients are averaged, the loss is divided by the tokens of all of them
                 self.accelerator.backward(loss * world / tokens)
+            if group:
+                self.nonfinite.note(loss, batch)
+            if self.nonfinite.action == "skip":
+                found = torch.where(torch.isfinite(loss.detach()), found, 0.0)
             sums += found
         if self.is_deepspeed_enabled:
             norm = self.engine.get_global_grad_norm() or 0.0
         else:
             norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm or math.inf)
         norm = float(norm)
-        if not math.isfinite(norm) and self.accelerator.scaler is None:  # float16's scaler leaves such steps out itself
-            self.refuse_step([rollout.samples[i] for i in part], norm)
-            norm = 0.0
+        if self.nonfinite.found(norm, self.step + 1, self.args.fp16, world):
+            self.policy.zero_grad(set_to_none=True)  # the optimiser passes over parameters without a gradient
+        norm = norm if math.isfinite(norm) else 0.0
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         return sums, norm
-
-    def refuse_step(self, samples: Sequence[Sample], norm: float) -> None:
-        """Stop at a gradient that is no number, or drop it, so that the optimiser leaves its step out; on all ranks.
-
-        Raises:
-            ValueError: names prompts of the mini-batch.
-        """
-        prompts = ", ".join(repr(self.processing_class.decode(sample.prompt_ids)[-60:]) for sample in samples[:3])
-        line = f"update {self.step + 1}: the gradient is {norm}; prompts of the mini-batch: {prompts}"
-        if self.on_nonfinite == "stop":
-            raise ValueError(f"{line}; lower --learning_rate, leave --fp16, or go on without it: --on_nonfinite skip")
-        say(f"{line}; left out")
-        self.policy.zero_grad(set_to_none=True)
 
     # What is logged
 
@@ -447,14 +439,14 @@ class PolicyTrainer:
         return entry | {"eval_runtime": time.monotonic() - began}
 
     def save_model(self, output: str) -> None:
-        """The language model or its adapter, as any stage saves it; every rank takes part."""
+        """The language model or its adapter, as any stage saves it, read back and compared; every rank takes part."""
         weights = None
         if self.is_deepspeed_enabled:
             whole = self.accelerator.get_state_dict(self.engine)
             if self.accelerator.is_main_process:
                 weights = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(output, state_dict=weights)
+            save_compared(self.model, Path(output), weights)
         self.accelerator.wait_for_everyone()
 
 

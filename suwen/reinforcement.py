@@ -22,7 +22,7 @@ from suwen.ppo import PolicyTrainer, describe_updates
 from suwen.progress import main_process, say
 from suwen.records import draw_curves, write_json
 from suwen.resuming import about_run, find_damage_once, finished_before, resume_from
-from suwen.saved_weights import require_equal, state_bytes
+from suwen.saved_weights import require_equal, state_bytes, taken_up
 from suwen.stage_tasks import ask_at_step, ask_result, ask_saved, forget_steps_after
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     trainer.accelerator.init_trackers(args.stage)
     seen, began = trainer.tokens_seen, trainer.step
     about = about_run(record)
-    trainer.on_nonfinite = args.run.on_nonfinite
-    if trainer.on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
-        raise ValueError("--on_nonfinite skip: DeepSpeed takes a step before its gradient is seen; expected stop")
+    trainer.nonfinite.choose(args.run.on_nonfinite, trainer.is_deepspeed_enabled)
     with trainer.signals:
         reason = train(trainer, args, start, limits, about)
     for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
@@ -103,6 +101,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         "seconds": round(seconds, 2),
         "tokens_per_second": round((trainer.tokens_seen - seen) / max(seconds, 1e-9), 1),
         "resumed_from": str(checkpoint) if checkpoint else None,
+        **trainer.nonfinite.counted(),
     }
     best = best_evaluation(trainer.history)
     if best:
@@ -153,7 +152,7 @@ def train(
             # An alarm comes first: a checkpoint of what it is about would be resumed
             if reason := find_alarm(trainer.history, limits):
                 return f"stopped at update {trainer.step}: {reason}"
-            regular = config.save_strategy != "no" and trainer.step % max(1, int(config.save_steps)) == 0
+            regular = config.save_strategy != "no" and (last or trainer.step % max(1, int(config.save_steps)) == 0)
             # A signal reaches the ranks in different updates; all stop after the same one
             stops = trainer.accelerator.reduce(torch.tensor(trainer.signals.received, device=config.device)).item() > 0
             if improved or regular or stops:
@@ -245,9 +244,12 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path, about: dict[str, Any] 
         if trainer.is_deepspeed_enabled:
             tag = f"global_step{trainer.step}"
             trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        weights = trained_weights(trainer)
         if main_process():
+            save_file(weights, folder / TRAINED)
+            require_equal(weights, [folder / TRAINED])
             if not trainer.is_deepspeed_enabled:
-                write_tensors(trainer, folder)
+                write_optimizer(trainer, folder)
             write_state(trainer, folder)
 
     best = best_evaluation(trainer.history)
@@ -264,10 +266,7 @@ def save_checkpoint(trainer: PolicyTrainer, output: Path, about: dict[str, Any] 
     trainer.accelerator.wait_for_everyone()
 
 
-def write_tensors(trainer: PolicyTrainer, folder: Path) -> None:
-    weights = trained_weights(trainer)
-    save_file(weights, folder / TRAINED)
-    require_equal(weights, [folder / TRAINED])
+def write_optimizer(trainer: PolicyTrainer, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
     for place, values in trainer.raw_optimizer.state_dict()["state"].items():
@@ -291,18 +290,25 @@ def write_state(trainer: PolicyTrainer, folder: Path) -> None:
             "kl_coefficient": trainer.kl_coefficient,
             "learning_rates": trainer.scheduler.get_last_lr(),
             "scaler": scaler.state_dict() if scaler else None,
+            "skipped_steps": trainer.nonfinite.skipped,
             "log_history": trainer.history,
         },
     )
 
 
 def trained_weights(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
-    """Each trained tensor once, under its first name."""
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in trainer.policy.named_parameters()
-        if parameter.requires_grad
-    }
+    """Each trained tensor once, under its first name; every rank takes part, and under DeepSpeed one gets them."""
+    trained = {name: parameter for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
+    if not trainer.is_deepspeed_enabled:
+        return {name: parameter.detach().contiguous() for name, parameter in trained.items()}
+    from deepspeed import zero
+
+    found = {}
+    for name, parameter in trained.items():
+        with zero.GatheredParameters([parameter]):
+            if main_process():
+                found[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return found
 
 
 def load_checkpoint(trainer: PolicyTrainer, checkpoint: Path) -> None:
@@ -312,6 +318,10 @@ def load_checkpoint(trainer: PolicyTrainer, checkpoint: Path) -> None:
         trainer.engine.load_checkpoint(
             str(checkpoint), tag=f"global_step{state['global_step']}", load_module_strict=False
         )
+        weights = trained_weights(trainer)
+        if main_process():
+            with taken_up(checkpoint):
+                require_equal(weights, [checkpoint / TRAINED])
     else:
         weights = load_file(checkpoint / TRAINED)
         with torch.no_grad():
@@ -325,6 +335,7 @@ def load_checkpoint(trainer: PolicyTrainer, checkpoint: Path) -> None:
         groups = trainer.raw_optimizer.state_dict()["param_groups"]
         trainer.raw_optimizer.load_state_dict({"state": moments, "param_groups": groups})
     trainer.step, trainer.history = state["global_step"], state["log_history"]
+    trainer.nonfinite.skipped = state["skipped_steps"]
     trainer.tokens_seen, trainer.kl_coefficient = state["num_input_tokens_seen"], state["kl_coefficient"]
     if state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,6 +1,8 @@
 """The trainer of PPO, RLOO and GRPO on a tiny model: what an update is, resuming, processes, memory, alarms."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from processes import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainingArguments
@@ -22,6 +24,8 @@ from suwen.arguments import PolicyArguments
 from suwen.checkpoint import list_checkpoints
 from suwen.encoding import ChatEncoder
 from suwen.head import add_scoring_head
+from suwen.lineage import read_json
+from suwen.nonfinite import ROWS_FILE
 from suwen.ppo import PolicyTrainer
 from suwen.reward import load_reward_model
 from suwen.rewards import Weighted
@@ -439,8 +443,18 @@ def test_partitioned_processes_are_one(stage, extra, base, tmp_path):
     two = tmp_path / "two"
     two.mkdir()
     words = [word for word in arguments(base, two, *extra) if word != "--use_cpu"]
-    run_ranks("ppo", [*words, "--per_device_train_batch_size", "1"], two / "ppo", f"zero{stage}")
+    words += ["--per_device_train_batch_size", "1"]
+    run_ranks("ppo", words, two / "ppo", f"zero{stage}")
     assert_same_history(history_of(tmp_path / "one", 4), history_of(two, 4))
+    whole, trained = history_of(two, 4), load_file(two / "ppo" / "checkpoint-4" / reinforcement.TRAINED)
+    result = weights_of(two)
+    saved = {name.removeprefix("model.").replace(".default", ""): tensor for name, tensor in trained.items()}
+    assert all(torch.equal(saved[name], tensor) for name, tensor in result.items())
+    shutil.rmtree(two / "ppo" / "checkpoint-4")
+    (two / "ppo" / "run.json").write_text(json.dumps(read_json(two / "ppo" / "run.json") | {"finished": False}))
+    text = run_ranks("ppo", words, two / "ppo", f"zero{stage}")[0]
+    assert "going on from" in text and history_of(two, 4) == whole
+    assert all(torch.equal(tensor, result[name]) for name, tensor in weights_of(two).items())
 
 
 @pytest.mark.parametrize(
@@ -462,6 +476,51 @@ def test_a_mistake_gets_one_line(words, expected, base, tmp_path):
     with pytest.raises(ValueError, match=".*") as error:
         run_ppo(base, tmp_path, *words)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_step_that_is_no_number_is_refused_or_left_out_as_in_the_other_stages(tmp_path, capsys):
+    broken = build_trainer(tmp_path, rewards=[Weighted("none", 1.0, lambda samples: [math.nan] * len(samples))])
+    with pytest.raises(ValueError, match="update 1: the loss is nan; rows of the batch: .*--on_nonfinite skip"):
+        broken.update()
+    rows = [json.loads(line) for line in (tmp_path / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert rows and all(row["update"] == 1 and "高血压怎么办" in row["text"] for row in rows)
+    broken.nonfinite.choose("skip", deepspeed=False)
+    before = {name: tensor.clone() for name, tensor in reinforcement.trained_weights(broken).items()}
+    entry = broken.update()
+    assert broken.nonfinite.skipped == 4 and entry["grad_norm"] == 0 and math.isfinite(entry["loss"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reinforcement.trained_weights(broken).items())
+    broken.history.append({**broken.update(), "step": 2})
+    reinforcement.save_checkpoint(broken, tmp_path)
+    with pytest.raises(ValueError, match="10 steps one after another were left out"):
+        broken.update()
+    assert capsys.readouterr().out.count("left out") == 9
+    other = build_trainer(tmp_path)
+    reinforcement.load_checkpoint(other, tmp_path / "checkpoint-2")
+    assert other.nonfinite.counted() == {"skipped_steps": 8}
+
+
+def test_a_result_that_is_not_what_is_in_memory_is_found(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path)
+    trainer.save_model(str(tmp_path / "good"))
+    write = trainer.model.save_pretrained
+
+    def damaged(folder, **options):
+        write(folder, **options)
+        file = Path(folder) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        save_file({name: tensor + (number == 0) for number, (name, tensor) in enumerate(tensors.items())}, file)
+
+    monkeypatch.setattr(trainer.model, "save_pretrained", damaged)
+    with pytest.raises(RuntimeError, match="is not what is in memory"):
+        trainer.save_model(str(tmp_path / "bad"))
+
+
+def test_the_last_update_is_saved_before_the_result_is(base, tmp_path):
+    run_ppo(base, tmp_path, "--max_steps", "1", "--save_steps", "100", "--eval_strategy", "no")
+    assert [path.name for path in list_checkpoints(tmp_path / "ppo")] == ["checkpoint-1"]
+    saved = load_file(tmp_path / "ppo" / "checkpoint-1" / reinforcement.TRAINED)
+    result = weights_of(tmp_path)
+    assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in result.items())
 
 
 def test_without_a_reward_the_finished_reward_model_is_looked_for(base, tmp_path):
