@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
+from processes import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -110,12 +111,16 @@ def test_the_weight_is_the_models_own_in_full_training_and_0_with_lora():
     assert coefficient(0.5, Config, True) == 0.5
 
 
-def train(main, folder: str, out, *more: str) -> list[dict]:
+def words_for(folder: str, out, *more: str) -> list[str]:
     words = ["--model_name_or_path", folder, "--output_dir", str(out), "--cache_dir", str(out) + "-cache"]
     words += ["--max_steps", "12", "--max_length", "192", "--max_train_samples", "24", "--max_eval_samples", "2"]
     words += ["--num_proc", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no", "--report_to", "none"]
     words += ["--disable_tqdm", "True", "--use_cpu", "--bf16", "False", "--logging_steps", "4", "--on_bad_rows", "skip"]
-    main([*words, *more])
+    return [*words, *more]
+
+
+def train(main, folder: str, out, *more: str) -> list[dict]:
+    main(words_for(folder, out, *more))
     return read_json(out / "run.json")
 
 
@@ -188,3 +193,20 @@ def test_zero_3_is_told_each_block_of_router_and_experts_once(name, folders):
     model = load(folders[name])
     assert mark_leaf_modules(model) == len(find_routers(model)) == len(get_z3_leaf_modules(model))
     assert all(any(p.ndim == 3 for p in block.parameters()) for block in get_z3_leaf_modules(model))
+
+
+@pytest.mark.slow
+@pytest.mark.training
+@pytest.mark.distributed
+def test_two_processes_of_zero_3_train_experts_as_one_does_though_their_tokens_need_others(folders, tmp_path):
+    pytest.importorskip("deepspeed")
+    flags = "--train_file_dir data/pretrain --max_steps 2 --optim sgd --learning_rate 0.1 --max_grad_norm 0".split()
+    flags += "--warmup_steps 0 --packing False --train_sampling_strategy random --router_aux_loss_coef 0".split()
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(pretraining.main, folders["mixtral"], one, *flags, "--per_device_train_batch_size", "2")
+    words = [word for word in words_for(folders["mixtral"], two, *flags) if word != "--use_cpu"]
+    run_ranks("pt", [*words, "--per_device_train_batch_size", "1"], two, "zero3")
+    start, first, second = (load(str(folder)).state_dict() for folder in (folders["mixtral"], one, two))
+    for name in start:
+        moved = (first[name] - start[name]).abs().max()
+        assert moved > 0 and (first[name] - second[name]).abs().max() < 1e-3 * moved, name
