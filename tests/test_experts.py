@@ -8,15 +8,18 @@ import pytest
 import torch
 from processes import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import pretraining
 import supervised_finetuning
 from benchmarks.family_matrix import FAMILIES, write_model
+from suwen.arguments import ModelArguments
 from suwen.batches import pack_rows, pad_rows
 from suwen.experts import RouterWatch, balance_loss, coefficient, find_routers, mark_leaf_modules, stacked_experts
 from suwen.head import add_scoring_head
 from suwen.lineage import read_json
+from suwen.models import prepare_experts
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "deepseek-moe")
 
@@ -195,10 +198,30 @@ def test_zero_3_is_told_each_block_of_router_and_experts_once(name, folders):
     assert all(any(p.ndim == 3 for p in block.parameters()) for block in get_z3_leaf_modules(model))
 
 
+@pytest.mark.training
+@pytest.mark.parametrize("reward", [False, True])
+def test_a_stage_under_zero_3_tells_it_of_the_experts(reward, folders):
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils import get_z3_leaf_modules
+
+    model = load(folders["mixtral"])
+    given = ModelArguments()
+    prepare_experts(model, given, False, reward)
+    assert not any(getattr(module, "_z3_leaf", False) for module in model.modules())
+    engine = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # known for as long as it lives
+    assert is_deepspeed_zero3_enabled()
+    try:
+        prepare_experts(model, given, False, reward)
+    finally:
+        del engine
+        unset_hf_deepspeed_config()
+    assert len(get_z3_leaf_modules(model)) == len(find_routers(model)) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.training
 @pytest.mark.distributed
-def test_two_processes_of_zero_3_train_experts_as_one_does_though_their_tokens_need_others(folders, tmp_path):
+def test_two_processes_of_zero_3_train_experts_as_one_does(folders, tmp_path):
     pytest.importorskip("deepspeed")
     flags = "--train_file_dir data/pretrain --max_steps 2 --optim sgd --learning_rate 0.1 --max_grad_norm 0".split()
     flags += "--warmup_steps 0 --packing False --train_sampling_strategy random --router_aux_loss_coef 0".split()
