@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tools import experiment
+from tools import build_data, experiment
 
 
 @pytest.fixture
@@ -101,6 +101,29 @@ def test_ablations_reach_the_data_and_the_stages(planned):
     data, pt = commands[0][1], commands[1][1]
     assert [flag_of(data, name) for name in ("--passes", "--wordings", "--shuffle")] == ["4", "1", "False"]
     assert flag_of(pt, "--use_peft") == "True" and int(flag_of(pt, "--num_train_epochs")) * 4 == 20
+
+
+def test_a_folder_keeps_to_the_data_that_its_models_have_learnt_from(planned, monkeypatch, tmp_path):
+    folder = tmp_path / "my outputs"
+    first = ("--stages", "warmup,sft", "--exposures", "5", "--output_dir", str(folder))
+    other = ("--stages", "warmup,sft", "--exposures", "10", "--wordings", "1", "--output_dir", str(folder))
+    monkeypatch.setattr(experiment, "DATA", "--recipe fictional --size 10 --num_proc 1")
+    monkeypatch.setattr(experiment, "WARM_UP", "--recipe reading --size 5 --num_proc 1")
+    for _, words in planned(*first):
+        if words[1].endswith("build_data.py"):
+            build_data.main(words[2:])
+    assert "build_data.py" not in files(planned(*first)), "the same data is not built twice"
+    assert files(planned(*other)).count("build_data.py") == 1, "nothing has learnt from it: built anew"
+
+    (folder / "seed-1" / "sft").mkdir()
+    assert "build_data.py" not in files(planned(*first))
+    message = "seed-1/sft has learnt from, was built with --passes 1, and this call asks for --passes 2, --wordings 1; "
+    with pytest.raises(ValueError, match=message + "expected another --output_dir"):
+        planned(*other)
+    (folder / "warmup" / "model").mkdir()
+    monkeypatch.setattr(experiment, "WARM_UP", "--recipe reading --size 6 --num_proc 1")
+    with pytest.raises(ValueError, match="warmup/model has learnt from, was built with --size 5, and this call asks"):
+        planned(*first)
 
 
 @pytest.mark.parametrize(

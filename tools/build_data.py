@@ -17,6 +17,7 @@ data/README.md describes the files that come out.
 """
 
 import functools
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         leaks = list(find_leaks(training, items, source))
     card = {
         "recipe": given.recipe,
-        "command": "python tools/build_data.py " + " ".join(words),
+        "command": shlex.join(["python", "tools/build_data.py", *words]),
         "notice": NOTICE,
         "seed": args.seed,
         "sources": [source_entry(kind, s, licences.get(s.path, "")) for kind in KINDS for s in sources[kind]],

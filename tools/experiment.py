@@ -10,7 +10,7 @@ A medical knowledge graph is invented, so that no score can come from what a mod
 launchers of this project. Facts of group A are in pretraining and SFT, those of B in pretraining alone, those of C in
 neither. After every stage the model is asked in wordings that it has never seen; with the stage `retrieval` also with
 the passages that a search finds. DIR/seed-1/report.html compares the stages, DIR/stages.png and DIR/results.json
-show all seeds. The same command again goes on where it stopped.
+show all seeds. The same command again goes on where it stopped; one that needs other data needs another folder.
 
 Stages: warmup (questions on given passages, before any fact is learnt: once, in DIR/warmup, for all seeds), pt, sft,
 dpo, orpo, rm, ppo (by rm), retrieval.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.arguments import OneLineParser, pairs_of, run
 
 ROOT = Path(__file__).resolve().parents[1]
 # stage -> (launcher, its data)
@@ -180,13 +180,44 @@ def call(command: Sequence[str], variables: dict[str, str] | None = None) -> Non
         sys.exit(code)
 
 
+def build(command: Sequence[str], trained: Sequence[Path]) -> None:
+    """Build a data set where it is not there yet. One of other flags is built anew, unless something learnt from it.
+
+    Args:
+        command: ends in --output_dir and its folder.
+        trained: where the models are that learn from it.
+
+    Raises:
+        ValueError: the scores that lie in the folder are those of other data.
+    """
+    data, asked = Path(command[-1]), shlex.join(["python", *command])
+    if (data / "data_card.json").is_file():
+        made = json.loads((data / "data_card.json").read_text(encoding="utf-8"))["command"]
+        # where the folder lay when it was built does not matter
+        before, now = (pairs_of(shlex.split(text.partition(" --output_dir ")[0])[2:]) for text in (made, asked))
+        if before == now:
+            print(f"{data} is there already")
+            return
+        found, expected = (
+            ", ".join(f"--{' '.join([name, *values])}" for name, values in mine if (name, values) not in other)
+            or "fewer flags"
+            for mine, other in ((before, now), (now, before))
+        )
+        if learnt := next((model for model in trained if model.exists()), None):
+            raise ValueError(
+                f"--output_dir: {data}, which {learnt} has learnt from, was built with {found}, and this call asks "
+                f"for {expected}; expected another --output_dir"
+            )
+        print(f"{data} was built with {found}, and nothing has learnt from it: built anew with {expected}")
+    call(command)
+
+
 def warm_up(args: argparse.Namespace) -> str:
     """A model that reads: trained on questions on given passages, which have nothing to do with any seed's graph."""
     launcher, kind = LAUNCHERS["warmup"]
     data, model = (args.output_dir / "warmup" / name for name in ("data", "model"))
     title(f"{launcher}: questions on given passages, {data} -> {model}")
-    if not (data / "data_card.json").is_file():
-        call(["tools/build_data.py", *WARM_UP.split(), "--passages", str(PASSAGES), "--output_dir", str(data)])
+    build(["tools/build_data.py", *WARM_UP.split(), "--passages", str(PASSAGES), "--output_dir", str(data)], [model])
     variables = {"DATA": str(data / kind), "OUTPUT": str(model), "MODEL": args.model or ""}
     call([launcher, *training_flags(args, "warmup")], variables)
     return str(model)
@@ -196,10 +227,7 @@ def run_experiment(experiment: Experiment, model: str | None) -> list[str]:
     """All stages on one graph, from a model; returns the evaluations to compare, as paths in the folder."""
     args, folder = experiment.args, experiment.folder
     title(f"an invented graph, seed {experiment.seed} -> {folder / 'data'}")
-    if (folder / "data" / "data_card.json").is_file():
-        print(f"{folder / 'data'} is there already")
-    else:
-        call(experiment.data_command())
+    build(experiment.data_command(), [folder / stage for stage in LAUNCHERS])
 
     evaluations, first = ["start"], ""
     for stage in args.stages:
