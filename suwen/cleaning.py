@@ -182,10 +182,10 @@ def quality_problem(text: str, rules: CleaningRules) -> str | None:
 
 
 def texts_of(row: Row) -> list[str]:
-    """Every text of a canonical row (suwen/formats.py)."""
+    """Every text of a canonical row (suwen/formats.py), or of a pair with its prompt apart."""
     if "text" in row:
         return [row["text"]]
-    messages = [message for key in ("messages", "chosen", "rejected") for message in row.get(key, ())]
+    messages = [message for key in ("prompt", "messages", "chosen", "rejected") for message in row.get(key, ())]
     return [message[key] for message in messages for key in ("content", "reasoning_content") if key in message]
 
 

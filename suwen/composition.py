@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from suwen.cleaning import CleaningRules, texts_of
 from suwen.data import load_rows
 from suwen.fact_items import (
     choice_items,
@@ -28,8 +29,9 @@ from suwen.fact_items import (
 )
 from suwen.formats import BadRow, canonical_rows
 from suwen.mixing import Refuse, as_text, read_rows, record_rows, records_of, weighted
+from suwen.near_duplicates import TestItems, normal_form
 from suwen.pairs import own_answer_row, pair_rows, reading_pair_rows, scored_rows
-from suwen.parallel import map_in_order
+from suwen.parallel import batched, map_in_order
 from suwen.readers import Source as FileSource
 from suwen.retrieval.index import build_index
 from suwen.retrieval.search import KnowledgeBase
@@ -54,7 +56,7 @@ PARTS = {
     "chimed": ("pretrain",),
     "qizhen": ("sft",),
 }
-ENTITIES_AT_ONCE = 50
+ENTITIES_AT_ONCE, ROWS_AT_ONCE = 50, 2000
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,20 @@ def with_own_answers(
                 yield "preference", pair
     for question in left:
         refuse("--own_answers", "answer to a question of no row", question)
+
+
+def without_tests(
+    rows: Iterable[tuple[str, Row]], tests: TestItems, leave_out: Callable[[str, Row, str], None]
+) -> Iterator[tuple[str, Row]]:
+    """The rows whose text holds no test item; evaluation rows pass. `leave_out` takes (stage, row, reason)."""
+    for batch in batched(rows, ROWS_AT_ONCE):
+        forms = [normal_form("\n".join(texts_of(row))) if stage in SCHEMAS else "" for stage, row in batch]
+        held = tests.overlaps(forms) >= CleaningRules.max_test_overlap
+        for (stage, row), holds in zip(batch, held.tolist(), strict=True):
+            if holds:
+                leave_out(stage, row, "holds a test item")
+            else:
+                yield stage, row
 
 
 def _beside(count: int, share: float) -> int:
@@ -280,6 +296,7 @@ class DataFolder:
         self.path, self.on_bad_rows = path, on_bad_rows
         self.files: dict[str, RowFile] = {}
         self.refused: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()  # of what was generated
         self.dropped = open(path / "dropped_rows.jsonl", "w", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> DataFolder:
@@ -300,6 +317,10 @@ class DataFolder:
             raise ValueError(f"{where}: {reason}")
         self.refused[reason] += 1
         self.note("reading", where, reason, row)
+
+    def leave_out(self, stage: str, row: Row, reason: str) -> None:
+        self.left_out[f"{stage}/{row['recipe']}: {reason}"] += 1
+        self.note(f"generation of {stage}", row["recipe"], reason, row)
 
     def note(self, step: str, where: str, reason: str, row: Any = None) -> None:
         values = {"step": step, "where": where, "reason": reason, "row": row}

@@ -142,10 +142,11 @@ def render(card: dict[str, Any]) -> str:
             ),
             f"Personal data: {card['personal_data_mode']}.",
         ]
-    refused = counts(card["refused"])
+    refused, left_out = counts(card["refused"]), counts(card["left_out"])
     parts += [
         "## Checks",
-        f"Rows refused: {refused}. Leaks between training and evaluation: {card['leaks']['count']:,}.",
+        f"Rows refused: {refused}. Generated rows left out: {left_out}. "
+        f"Leaks between training and evaluation: {card['leaks']['count']:,}.",
     ]
     if found := card["retrieval"]:
         parts[-1] += (

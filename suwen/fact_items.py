@@ -148,12 +148,12 @@ def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source
     wordings = TestItems(sorted(_held_out_words(source)), ngram=WORDING_NGRAM, common=1_000_000)
 
     def check(rows: list[tuple[str, Row]]) -> Iterator[str]:
-        sentences = ["\n".join(map(normal_form, SENTENCE_END.split("\n".join(_texts(row))))) for _, row in rows]
+        sentences = ["\n".join(map(normal_form, SENTENCE_END.split("\n".join(texts_of(row))))) for _, row in rows]
         held = questions.overlaps([form.replace("\n", "") for form in sentences]) > MAX_OVERLAP
         worded = wordings.overlaps(sentences) == 1  # the end of one and the beginning of the next are no wording
         for (stage, row), holds, has_wording in zip(rows, held.tolist(), worded.tolist(), strict=True):
             groups = {group_of.get(fact, "A") for fact in row["facts"]}
-            place = f"{stage}, recipe {row['recipe']}: {_texts(row)[0][:60]!r}"
+            place = f"{stage}, recipe {row['recipe']}: {texts_of(row)[0][:60]!r}"
             if "C" in groups or "B" in groups and stage != "pretrain" and row["recipe"] != "replay":
                 yield f"{place} holds facts of group {max(groups)}"
             if row["facts"] and has_wording:
@@ -183,7 +183,3 @@ def _held_out_words(source: Source) -> set[str]:
             ):
                 words.update(normal_form(part) for part in PLACEHOLDER.split(wording))
     return {word for word in words if len(word) >= WORDING_NGRAM}
-
-
-def _texts(row: Row) -> list[str]:
-    return texts_of({**row, "messages": row["prompt"]} if "prompt" in row else row)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,27 @@ def first_of_cluster(rows: np.ndarray, threshold: float = 0.8) -> np.ndarray:
     return np.array([root(index) for index in range(len(rows))], dtype=np.int64)
 
 
+class Strings:
+    """Strings in normal form, to find texts that hold one of them as it stands: a pass for each length among them."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        by_length: dict[int, list[str]] = defaultdict(list)
+        for string in filter(None, dict.fromkeys(strings)):
+            by_length[len(string)].append(string)
+        self.hashes = {length: np.unique(hash_ngrams(found, length)[0]) for length, found in by_length.items()}
+
+    def within(self, texts: Sequence[str]) -> np.ndarray:
+        """(N,) whether each text (in normal form) holds one."""
+        found: np.ndarray = np.zeros(len(texts), dtype=bool)
+        for length, wanted in self.hashes.items():
+            hashes, offsets = hash_ngrams(texts, length)
+            hits = np.flatnonzero(np.isin(hashes, wanted))
+            found[np.searchsorted(offsets, hits, side="right") - 1] = True
+        return found
+
+
 class TestItems:
-    """The n-grams of test items, to find texts that hold one of them.
+    """The n-grams of test items, to find texts that hold one of them; items too short to have any are found as a whole.
 
     An n-gram in more than `common` items is a turn of phrase ("下列关于...的叙述，正确的是") and does not count.
     """
@@ -127,17 +147,20 @@ class TestItems:
 
     def __init__(self, items: Sequence[str], ngram: int = 13, common: int = 3) -> None:
         self.ngram = ngram
-        hashes, offsets = hash_ngrams([normal_form(item) for item in items], ngram)
-        owners: np.ndarray = np.repeat(np.arange(len(items)), np.diff(offsets))
+        forms = list(dict.fromkeys(map(normal_form, items)))
+        self.short = Strings(form for form in forms if len(form) < ngram)
+        forms = [form for form in forms if len(form) >= ngram]
+        hashes, offsets = hash_ngrams(forms, ngram)
+        owners: np.ndarray = np.repeat(np.arange(len(forms)), np.diff(offsets))
         hashes, owners = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)
         _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         rare = counts[inverse] <= common
         self.hashes, self.owners = hashes[rare], owners[rare].astype(np.int64)
-        self.sizes = np.bincount(self.owners, minlength=len(items))
+        self.sizes = np.bincount(self.owners, minlength=len(forms))
 
     def overlaps(self, texts: Sequence[str]) -> np.ndarray:
         """(N,) the largest share of one test item's n-grams that each text (in normal form) holds, 0 to 1."""
-        found: np.ndarray = np.zeros(len(texts))
+        found: np.ndarray = self.short.within(texts).astype(np.float64)
         if not len(self.hashes):
             return found
         hashes, offsets = hash_ngrams(texts, self.ngram)
@@ -150,5 +173,5 @@ class TestItems:
             ranges = set(zip(first[inside].tolist(), last[inside].tolist(), strict=True))  # said twice counts once
             owners = np.concatenate([self.owners[start:end] for start, end in ranges])
             held, counts = np.unique(owners, return_counts=True)
-            found[number] = (counts / self.sizes[held]).max()
+            found[number] = max(found[number], (counts / self.sizes[held]).max())
         return found

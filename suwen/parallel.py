@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ WRITTEN_BYTES = 1 << 22
 OF_SOME_PAIRS = {"margin": pa.float64(), "fault": pa.string()}  # columns that all batches have; dropped if empty
 
 Row = dict[str, Any]
+T = TypeVar("T")
 Encode = Callable[[Row], tuple[list[Row], Counter[str]]]
 Result = tuple[bytes | None, Counter[str], list[int]]
 Batch = tuple[bool, list[Row], list[int]]  # for training or for validation, rows, how often each
@@ -201,6 +203,13 @@ def map_in_order(function: Callable[..., Any], items: Iterable[Any], num_proc: i
         raise ValueError("a preprocessing worker was killed, by want of memory perhaps: lower --num_proc") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size`, the last one shorter."""
+    rest = iter(values)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
 
 
 def available_cores() -> int:

@@ -146,6 +146,12 @@ def test_a_test_item_is_found_inside_a_longer_text_and_turns_of_phrase_are_not()
     assert TestItems([]).overlaps(["任何文本都不会泄漏任何题目的内容"]).tolist() == [0]
 
 
+def test_a_short_test_item_is_found_as_a_whole_inside_a_longer_text():
+    tests = TestItems(["双黄连口服液的适应病症", "阿司匹林的适应病症", characters(40, 1)])
+    texts = ["说说双黄连口服液的适应病症是什么？", "", "阿司匹林片的适应病症", characters(60, 2), "阿司匹林的适应病症"]
+    assert tests.overlaps([normal_form(text) for text in texts]).tolist() == [1, 0, 0, 0, 1]
+
+
 # ------------------------------------------------------------------------------------------------------- personal data
 
 

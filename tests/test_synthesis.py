@@ -49,6 +49,7 @@ from suwen.synthesis import (
     wordings_of,
     wrong_values,
 )
+from tools import build_data
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "build_data.py"
@@ -472,6 +473,12 @@ def build(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *words], capture_output=True, text=True)
 
 
+def build_here(folder: Path, *words: str) -> dict:
+    """The data card of a build in this process, which is seconds quicker."""
+    build_data.main([*words, "--output_dir", str(folder)])
+    return json.loads((folder / "data_card.json").read_text("utf-8"))
+
+
 def test_the_reading_recipe_makes_questions_whose_answers_stand_before_them(tmp_path):
     done = build("--recipe", "reading", "--size", "20", "--answers", "value", "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
@@ -541,6 +548,33 @@ def test_own_files_are_mixed_in_cleaned_masked_and_freed_of_test_items(tmp_path)
     assert sorted(reasons) == ["holds a test item", "too short", "wrong schema"]
     page = (output / "data_card.md").read_text("utf-8")
     assert "holds a test item 1" in page and "No medical advice" in page
+
+
+def test_no_row_made_of_a_graph_asks_what_a_test_asks(tmp_path):
+    (tmp_path / "g.csv").write_text(
+        "药品,适应症,禁忌\n" + "".join(f"药{n}片,咳嗽{n} 痰多{n},孕妇{n}\n" for n in "甲乙丙丁"), "utf-8"
+    )
+    tests = "instruction,医学专家标注的适应病症\n药甲片的适应病症,咳嗽甲\n药乙片的适应病症,咳嗽乙\n药甲片,咳嗽甲\n"
+    (tmp_path / "t.csv").write_text(tests, "utf-8")
+    words = ("--graph", str(tmp_path / "g.csv"), "--questions", "99", "--num_proc", "1", "--pairs", "12")
+    build_here(tmp_path / "all", *words)
+    card = build_here(tmp_path / "less", *words, "--tests", str(tmp_path / "t.csv"))
+
+    def holding(folder: str, question: str) -> Counter:
+        found = Counter()
+        for file in (tmp_path / folder).glob("[ps]*/*.jsonl"):
+            rows = file.read_text("utf-8").splitlines()
+            found[f"{file.parent.name}/{file.stem}"] += sum(question in row for row in rows)
+        return +found
+
+    before = {name: holding("all", f"{name}的适应病症") for name in ("药甲片", "药乙片", "药丙片")}
+    assert {"pretrain/article", "sft/question", "preference/pair"} <= before["药甲片"].keys()
+    assert not holding("less", "药甲片的适应病症") and not holding("less", "药乙片的适应病症")
+    assert holding("less", "药丙片的适应病症")["sft/question"] == before["药丙片"]["sft/question"] > 0
+    left_out = card["left_out"]["sft/question: holds a test item"]
+    assert left_out == before["药甲片"]["sft/question"] + before["药乙片"]["sft/question"]
+    assert card["refused"] == {"test question of fewer than 5 characters, not looked for": 1}
+    assert f"sft/question: holds a test item {left_out}" in (tmp_path / "less" / "data_card.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class SourceArguments:
     own_answers: str = flag(
         "", "a model's answers to this build's sft/question.jsonl (inference.py --with_prompt): wrong ones make pairs"
     )
-    tests: str = flag("", "test files whose questions must not be in any training row")
+    tests: str = flag("", "test files whose questions must not be in any training row, of files or of the graph")
     licences: str = flag("", "PATH=LICENCE,...: for the data card, where no licence file lies beside the data")
 
 
@@ -209,23 +209,19 @@ def empty(folder: Path) -> None:
 
 
 def add_files(
-    out: Any, recipe: str, args: BuildArguments, sources: dict[str, list[Any]], num_proc: int
+    out: Any, recipe: str, args: BuildArguments, sources: dict[str, list[Any]], tests: Any, num_proc: int
 ) -> dict[str, Any]:
     """Write other people's files, cleaned and free of test items; the cleaning's part of the data card."""
     from suwen.cleaning import CleaningReport, CleaningRules, clean_rows
     from suwen.composition import file_rows
     from suwen.data_card import cleaning_entry
-    from suwen.mixing import test_questions
-    from suwen.near_duplicates import TestItems
 
-    tests = test_questions(sources["tests"], out.refuse)
-    items = TestItems(tests) if tests else None
     rules = CleaningRules(min_chinese=args.min_chinese, max_characters=args.max_characters, personal_data=args.pii)
     entries = {}
     for stage, rows in file_rows(recipe, sources, out.refuse, args.seed).items():
         report = CleaningReport()
         on_drop = functools.partial(out.note, f"cleaning of {stage}")
-        for row in clean_rows(rows, rules, report, num_proc, items, on_drop):
+        for row in clean_rows(rows, rules, report, num_proc, tests, on_drop):
             out.write(stage, row)
         if report.rows_in:
             entries[stage] = cleaning_entry(report)
@@ -250,11 +246,14 @@ def main(argv: list[str] | None = None) -> None:
         stored_rows,
         validate,
         with_own_answers,
+        without_tests,
         write_exam_table,
         write_retrieved,
     )
     from suwen.data_card import output_entry, render, source_entry
     from suwen.fact_items import find_leaks
+    from suwen.mixing import test_questions
+    from suwen.near_duplicates import TestItems
     from suwen.parallel import available_cores
     from suwen.readers import parse_sources
     from suwen.records import write_json
@@ -271,7 +270,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     empty(folder)
     with DataFolder(folder, args.on_bad_rows) as out:
-        cleaning = add_files(out, given.recipe, args, sources, num_proc)
+        questions = test_questions(sources["tests"], out.refuse)
+        tests = TestItems(questions) if questions else None
+        cleaning = add_files(out, given.recipe, args, sources, tests, num_proc)
         if source is not None:
             shares = Shares(args.reading, args.reading_text or 0, args.replay, args.evaluation)
             rows: Iterable[tuple[str, Any]]
@@ -281,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
             if given.own_answers:
                 rows = with_own_answers(rows, given_answers(sources["own_answers"], out.refuse), source, out.refuse)
+            if tests is not None:
+                rows = without_tests(rows, tests, out.leave_out)
             for stage, row in rows:
                 out.write(stage, row)
     if not out.files:
@@ -309,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         "cleaning": cleaning,
         "personal_data_mode": {"off": "not looked for", "report": "counted, left in place", "mask": "masked"}[args.pii],
         "refused": dict(sorted(out.refused.items())),
+        "left_out": dict(sorted(out.left_out.items())),
         "retrieval": found,
         "leaks": {"count": len(leaks), "first": leaks[:10]},
     }
