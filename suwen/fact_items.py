@@ -5,14 +5,19 @@ All wordings are held out from training. Every item names its facts, group and r
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from suwen.cleaning import texts_of
-from suwen.near_duplicates import TestItems, normal_form
+from suwen.near_duplicates import Strings, TestItems, normal_form
 from suwen.pairs import faulty_answer, possible_faults
-from suwen.phrasings import phrasings_of
+from suwen.parallel import batched
+from suwen.phrasings import Phrasings, phrasings_of
 from suwen.synthesis import (
     LETTERS,
     Row,
@@ -29,8 +34,9 @@ from suwen.synthesis import (
 )
 
 MAX_OVERLAP = 0.6  # of an evaluation question's 13-grams in one training row
-WORDING_NGRAM = 8
-PLACEHOLDER = re.compile(r"\{[ev]\}")
+WORDING_LENGTH = 8  # of a part of a held-out wording, from which it gives the wording away by itself
+ROWS_AT_ONCE = 2000
+PLACEHOLDER = re.compile(r"(\{[ev]\})")
 SENTENCE_END = re.compile(r"[。！？\n]")
 
 
@@ -133,53 +139,138 @@ def _item(recipe: str, number: int, item: Any, source: Source, **content: Any) -
     }
 
 
-def find_leaks(training: Iterable[tuple[str, Row]], items: Iterable[Row], source: Source) -> Iterator[str]:
-    """What training rows give away of the evaluation, one line each; nothing where all is well.
+@dataclass(frozen=True)
+class Leak:
+    """A training row that gives away what is evaluated; `generated` from the graph, else from other people's files."""
 
-    - a C fact in any training row; a B fact in SFT or preference data (replayed pretraining text apart);
-    - a generated row with the words of a held-out wording (its parts around {e} and {v}, from 8 characters on);
+    place: str
+    fault: str
+    generated: bool
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.fault}"
+
+
+def find_leaks(
+    training: Iterable[tuple[str, Row]], items: Iterable[Row], source: Source, reading: Source | None = None
+) -> Iterator[Leak]:
+    """What training rows give away of the evaluation; nothing where all is well.
+
+    - a C fact in any training row; a B fact in SFT or preference data (replayed pretraining text apart): by the facts
+      that the row names, and by names in its text that can only mean such an entity;
+    - a held-out wording: filled with a name or value of the graph in any row, or, in a generated row, a part of it
+      around {e} and {v} that is too long to occur by chance;
     - a row of other sources that holds most of an evaluation question (13-grams, normal form).
 
     Args:
         training: ("pretrain" | "sft" | "preference", row).
+        reading: of the reading examples; a name that is part of one of its names tells nothing (甲型湿疹, 超甲型湿疹).
     """
     group_of = {fact.id: source.groups[fact.head] for fact in source.graph.facts}
-    questions = TestItems(list(dict.fromkeys(item.get("question") or item["Question"] for item in items)))
-    wordings = TestItems(sorted(_held_out_words(source)), ngram=WORDING_NGRAM, common=1_000_000)
+    questions = TestItems([item.get("question") or item["Question"] for item in items])
+    wordings = HeldOut(source)
+    names = {group: Strings(found) for group, found in _telling_names(source, reading or source).items()}
 
-    def check(rows: list[tuple[str, Row]]) -> Iterator[str]:
-        sentences = ["\n".join(map(normal_form, SENTENCE_END.split("\n".join(texts_of(row))))) for _, row in rows]
+    for batch in batched(training, ROWS_AT_ONCE):
+        # the end of one sentence and the beginning of the next are no wording
+        sentences = ["\n".join(map(normal_form, SENTENCE_END.split("\n".join(texts_of(row))))) for _, row in batch]
         held = questions.overlaps([form.replace("\n", "") for form in sentences]) > MAX_OVERLAP
-        worded = wordings.overlaps(sentences) == 1  # the end of one and the beginning of the next are no wording
-        for (stage, row), holds, has_wording in zip(rows, held.tolist(), worded.tolist(), strict=True):
+        filled, worded = wordings.within(sentences)
+        named = {group: found.within(sentences) for group, found in names.items()}
+        for number, (stage, row) in enumerate(batch):
+            generated = bool(row["facts"])
             groups = {group_of.get(fact, "A") for fact in row["facts"]}
+            groups.update(group for group, found in named.items() if generated and found[number])
             place = f"{stage}, recipe {row['recipe']}: {texts_of(row)[0][:60]!r}"
             if "C" in groups or "B" in groups and stage != "pretrain" and row["recipe"] != "replay":
-                yield f"{place} holds facts of group {max(groups)}"
-            if row["facts"] and has_wording:
-                yield f"{place} has the words of a held-out wording"
-            if not row["facts"] and holds:
-                yield f"{place} holds an evaluation question"
-
-    batch: list[tuple[str, Row]] = []
-    for stage_row in training:
-        batch.append(stage_row)
-        if len(batch) == 2000:
-            yield from check(batch)
-            batch = []
-    if batch:
-        yield from check(batch)
+                yield Leak(place, f"holds facts of group {max(groups)}", generated)
+            if generated and number in filled | worded:
+                yield Leak(place, "has the words of a held-out wording", generated)
+            if not generated and (held[number] or number in filled):
+                yield Leak(place, "holds an evaluation question", generated)
 
 
-def _held_out_words(source: Source) -> set[str]:
-    """The fixed parts of all held-out wordings in use, long enough not to occur by chance."""
-    words: set[str] = set()
-    for relation, items in source.others.items():
-        for prose in {item.prose for item in items}:
-            found = phrasings_of(relation, prose)
-            for wording in (
-                *(found.held_out_statements + found.held_out_questions),
-                *(found.held_out_reverse_questions + found.held_out_exam_stems),
-            ):
-                words.update(normal_form(part) for part in PLACEHOLDER.split(wording))
-    return {word for word in words if len(word) >= WORDING_NGRAM}
+def held_out_wordings(found: Phrasings) -> tuple[str, ...]:
+    return (
+        *(found.held_out_statements + found.held_out_questions),
+        *(found.held_out_reverse_questions + found.held_out_exam_stems),
+    )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A held-out wording in normal form: `pattern` captures what stands for the entity or value that it asks about."""
+
+    pattern: re.Pattern[str]
+    known: set[str]
+    begins: bool  # with that name: other words of the sentence may stand before it
+    ends: bool  # with it
+
+    def holds(self, line: str) -> bool:
+        """Whether a line has the wording, filled with a name that is known."""
+        if (match := self.pattern.search(line)) is None:
+            return False
+        text = match[1]
+        firsts, lasts = range(len(text)) if self.begins else (0,), range(len(text) + 1) if self.ends else (len(text),)
+        return any(text[first:last] in self.known for first in firsts for last in lasts)
+
+
+class HeldOut:
+    """The held-out wordings in use on a graph, to find them in texts.
+
+    A wording is looked for by the longest of its fixed parts. A short one (从何而来) occurs by chance, too: there the
+    wording has to stand around the name of an entity, or around a value where it asks from a value to the entities.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.frames: dict[str, list[Frame]] = defaultdict(list)  # by the longest fixed part
+        self.words: set[str] = set()  # parts too long to occur by chance
+        names = {normal_form(source.graph.entities[head].name) for head in source.items}
+        values = {normal_form(fact.value) for fact in source.graph.facts}
+        kinds = {(relation, item.prose) for relation, items in source.others.items() for item in items}
+        for wording in dict.fromkeys(w for kind in sorted(kinds) for w in held_out_wordings(phrasings_of(*kind))):
+            about = "{e}" if "{e}" in wording else "{v}"
+            parts = [part if PLACEHOLDER.match(part) else normal_form(part) for part in PLACEHOLDER.split(wording)]
+            parts = [part for part in parts if part]
+            fixed = [part for part in parts if not PLACEHOLDER.match(part)]
+            pattern = "".join("(.+)" if part == about else ".*" if part == "{v}" else re.escape(part) for part in parts)
+            known = names if about == "{e}" else values
+            frame = Frame(re.compile(pattern), known, parts[0] == about, parts[-1] == about)
+            self.frames[max(fixed, key=len)].append(frame)
+            self.words.update(part for part in fixed if len(part) >= WORDING_LENGTH)
+
+    def within(self, texts: Sequence[str]) -> tuple[set[int], set[int]]:
+        """The numbers of the texts with a filled wording, and of those with telling words.
+
+        Args:
+            texts: in normal form, a sentence a line.
+        """
+        joined = "\n".join(texts)  # looked through at once, which is much faster than text by text
+        starts = [0, *itertools.accumulate(len(text) + 1 for text in texts)]
+        filled: set[int] = set()
+        for part, frames in self.frames.items():
+            for at in _places(part, joined):
+                number = bisect.bisect(starts, at) - 1
+                line = joined[joined.rfind("\n", 0, at) + 1 :].partition("\n")[0]
+                if number not in filled and any(frame.holds(line) for frame in frames):
+                    filled.add(number)
+        return filled, {bisect.bisect(starts, at) - 1 for part in self.words for at in _places(part, joined)}
+
+
+def _places(part: str, text: str) -> Iterator[int]:
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + 1)
+
+
+def _telling_names(source: Source, reading: Source) -> dict[str, list[str]]:
+    """Names of the entities of B and C that mean nothing else: no other name and no value holds them."""
+    names = {head: normal_form(source.graph.entities[head].name) for head in source.items}
+    apart = {group: [head for head in names if source.groups[head] == group] for group in "BC"}
+    if not any(apart.values()):
+        return {}
+    others = [] if reading is source else [entity.name for entity in reading.graph.entities.values()]
+    others += [fact.value for fact in source.graph.facts]
+    said = "\n".join([*names.values(), *dict.fromkeys(map(normal_form, others))])
+    return {group: [names[head] for head in heads if said.count(names[head]) == 1] for group, heads in apart.items()}

@@ -120,6 +120,12 @@ def test_a_folder_keeps_to_the_data_that_its_models_have_learnt_from(planned, mo
     message = "seed-1/sft has learnt from, was built with --passes 1, and this call asks for --passes 2, --wordings 1; "
     with pytest.raises(ValueError, match=message + "expected another --output_dir"):
         planned(*other)
+    card = folder / "seed-1" / "data" / "data_card.json"
+    written = card.read_text("utf-8")
+    card.write_text(written.replace('"generated": 0', '"generated": 3'), "utf-8")
+    with pytest.raises(ValueError, match="data: 3 training rows give away what is evaluated"):
+        planned(*first)
+    card.write_text(written, "utf-8")
     (folder / "warmup" / "model").mkdir()
     monkeypatch.setattr(experiment, "WARM_UP", "--recipe reading --size 6 --num_proc 1")
     with pytest.raises(ValueError, match="warmup/model has learnt from, was built with --size 5, and this call asks"):

@@ -20,6 +20,7 @@ from suwen.fact_items import (
     corpus_rows,
     exam_items,
     find_leaks,
+    held_out_wordings,
     open_book_items,
     recall_items,
     reverse_items,
@@ -49,7 +50,7 @@ from suwen.synthesis import (
     wordings_of,
     wrong_values,
 )
-from tools import build_data
+from tools import build_data, check_contamination
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "build_data.py"
@@ -276,7 +277,7 @@ def test_pairs_may_have_question_wordings_of_their_own(fictional):
 
 def test_groups_keep_apart_and_no_wording_leaks(fictional, reading):
     rows, items = training(fictional, reading), evaluation(fictional)
-    assert list(find_leaks(rows, items, fictional)) == []
+    assert list(find_leaks(rows, items, fictional, reading)) == []
     texts = "\n".join(json.dumps(row, ensure_ascii=False) for _, row in rows)
     for head in heads(fictional, "C"):
         assert fictional.graph.entities[head].name not in texts
@@ -298,13 +299,97 @@ def test_planted_leaks_are_found(fictional):
         ("pretrain", outside),
         ("pretrain", next(article_rows(b, fictional))),  # as it should be
     ]
-    lines = list(find_leaks(planted, items, fictional))
-    assert [line.split("' ")[-1] for line in lines] == [
-        "holds facts of group C",
-        "holds facts of group B",
-        "has the words of a held-out wording",
-        "holds an evaluation question",
+    leaks = list(find_leaks(planted, items, fictional))
+    assert [(leak.fault, leak.generated) for leak in leaks] == [
+        ("holds facts of group C", True),
+        ("holds facts of group B", True),
+        ("has the words of a held-out wording", True),
+        ("holds an evaluation question", False),
     ]
+    assert str(leaks[0]).startswith("pretrain, recipe article: '") and str(leaks[0]).endswith(
+        "' holds facts of group C"
+    )
+
+
+def every_relation(relations):
+    """Two diseases or drugs with each relation, one of them in group C; values are terms and, apart, sentences."""
+    facts, entities = [], {}
+    for number, name in enumerate(relations):
+        kind = RELATIONS[name].head if name in RELATIONS else "疾病"
+        for group in "AC":
+            head = f"{group}{number}"
+            entities[head] = Entity(head, f"{group}{number}型湿疹", kind)
+            facts += [Fact(f"{head}.1", head, name, f"{group}{number}值")]
+            prose = f"{head}p"
+            entities[prose] = Entity(prose, f"{group}{number}型癣病", kind)
+            facts += [Fact(f"{prose}.1", prose, name, f"这一句话讲的是{group}{number}的情况。")]
+    return prepare(Graph(entities, facts), {head: head[0] for head in entities})
+
+
+def test_every_held_out_wording_is_found_where_it_is_planted():
+    source = every_relation([*RELATIONS, "colour"])  # the last one has generic wordings
+    planted, fine = [], []
+    for items in source.items.values():
+        for item in items:
+            group = "pretrain", {"recipe": "article", "facts": list(item.facts) if item.entity.id[0] == "A" else []}
+            found = wordings_of(item)
+            for wording in held_out_wordings(found):
+                planted.append((wording, item, group))
+            for wording in (*found.statements, *found.questions, *found.reverse_questions, *found.exam_stems):
+                fine.append((wording, item, group))
+    assert len({wording for wording, *_ in planted}) > 250
+
+    def leaks(wordings):
+        rows = []
+        for wording, item, (stage, row) in wordings:
+            text = wording.replace("{e}", item.entity.name).replace("{v}", item.values[0])
+            rows.append((stage, {**row, "text": f"先说一句。{text}\n又说一句。"}))
+        return {(leak.place, leak.generated) for leak in find_leaks(rows, [], source)}, rows
+
+    found, rows = leaks(planted)
+    places = {(f"{stage}, recipe article: {row['text'][:60]!r}", bool(row["facts"])) for stage, row in rows}
+    assert found == places
+    assert leaks(fine)[0] == set(), "no wording of training is taken for one that is held out"
+
+
+def test_a_row_that_names_an_entity_of_another_group_leaks_whatever_its_labels_say(fictional):
+    a, b, c = (fictional.graph.entities[heads(fictional, group)[0]].name for group in "ABC")
+    row = next(article_rows(heads(fictional, "A")[0], fictional))
+    texts = {name: {**row, "text": row["text"] + f"与{name}不同。"} for name in (a, b, c)}
+    found = {
+        (stage, name): [leak.fault for leak in find_leaks([(stage, texts[name])], [], fictional)]
+        for stage in ("pretrain", "sft")
+        for name in (a, b, c)
+    }
+    facts_of = "holds facts of group {}".format
+    assert found == {
+        ("pretrain", a): [], ("pretrain", b): [], ("pretrain", c): [facts_of("C")],
+        ("sft", a): [], ("sft", b): [facts_of("B")], ("sft", c): [facts_of("C")],
+    }  # fmt: skip
+
+
+def test_a_name_that_is_also_a_value_gives_nothing_away():
+    facts = [Fact("F1", "D1", "complication", "肺炎"), Fact("F2", "D2", "symptom", "发热")]
+    graph = Graph({"D1": Entity("D1", "流感", "疾病"), "D2": Entity("D2", "肺炎", "疾病")}, facts)
+    source = prepare(graph, {"D1": "A", "D2": "C"})
+    assert not list(find_leaks([("pretrain", row) for row in article_rows("D1", source)], [], source))
+
+
+def test_a_build_that_gives_away_what_it_asks_ends_with_an_error(tmp_path, monkeypatch, capsys):
+    text = "患者常问：甲型胃炎是由什么造成的？这要从饮食说起，也要看有没有幽门螺杆菌感染，具体由医生判断。"
+    (tmp_path / "g.csv").write_text(f"name,desc,cause\n甲型胃炎,{text},受凉\n乙型胃炎,胃黏膜的炎症。,劳累\n", "utf-8")
+    words = ("--graph", str(tmp_path / "g.csv"), "--num_proc", "1", "--passes", "1")
+    with pytest.raises(
+        ValueError, match=r"rows made of the graph give away what is evaluated, such as pretrain, recipe"
+    ):
+        build_here(tmp_path / "out", *words)
+    card = json.loads((tmp_path / "out" / "data_card.json").read_text("utf-8"))
+    assert card["leaks"]["generated"] == card["leaks"]["count"] > 0
+    (tmp_path / "g.csv").write_text("name,cause\n甲型胃炎,受凉\n乙型胃炎,劳累\n", "utf-8")
+    (tmp_path / "t.txt").write_text(text, "utf-8")
+    card = build_here(tmp_path / "out", *words, "--text", str(tmp_path / "t.txt"))
+    assert card["leaks"]["count"] == 1 and card["leaks"]["generated"] == 0
+    assert "warning: 1 rows of other files hold an evaluation question" in capsys.readouterr().err
 
 
 def test_the_end_of_a_sentence_and_the_beginning_of_the_next_are_no_held_out_wording(fictional):
@@ -504,7 +589,7 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(tmp_pat
         assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     card = json.loads((tmp_path / "one" / "data_card.json").read_text("utf-8"))
-    assert card["leaks"] == {"count": 0, "first": []} and card["graph"]["facts"] == 240
+    assert card["leaks"] == {"count": 0, "generated": 0, "first": []} and card["graph"]["facts"] == 240
     for entry in card["files"]:
         rows = (tmp_path / "one" / entry["file"]).read_text("utf-8").splitlines()
         assert len(rows) == entry["rows"] and sum(entry["groups"].values()) == entry["rows"]
@@ -513,6 +598,20 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(tmp_pat
     with open(tmp_path / "one" / "evaluation" / "exam.csv", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0])[:4] == ["Question", "Options", "Answer", "Explanation"] and len(rows) == 240
+
+
+def test_the_contamination_check_finds_no_item_of_a_build_in_its_own_training_rows(tmp_path):
+    build_here(tmp_path / "out", "--recipe", "fictional", "--size", "12", "--passes", "2", "--num_proc", "1")
+    training = ",".join(str(tmp_path / "out" / stage) for stage in ("pretrain", "sft", "preference"))
+    words = ["--tasks", "injection", "--data_dir", str(tmp_path / "out" / "evaluation"), "--train_file_dir"]
+    check_contamination.main([*words, training, "--output_dir", str(tmp_path / "clean")])
+    check_contamination.main([*words, f"{tmp_path}/out/evaluation", "--output_dir", str(tmp_path / "dirty")])
+    kinds = {
+        name: Counter(json.loads(line)["kind"] for line in (tmp_path / name / "items.jsonl").open(encoding="utf-8"))
+        for name in ("clean", "dirty")
+    }
+    assert kinds["clean"].keys() <= {"clean", "unknown", "near"}, "held-out wordings reword those of training"
+    assert kinds["dirty"]["exact"] > kinds["clean"].total() / 2, "what stands there is found"
 
 
 def test_own_files_are_mixed_in_cleaned_masked_and_freed_of_test_items(tmp_path):

@@ -297,11 +297,11 @@ def main(argv: list[str] | None = None) -> None:
         found = {"passages": args.passages, "questions": retrieved.rows, "right_passage_found": retrieved.found}
     validate(folder)
     write_exam_table(folder)
-    leaks: list[str] = []
+    leaks: list[Any] = []
     if source is not None:
         training = ((stage, row) for stage in SCHEMAS for row in stored_rows(folder, stage))
         items = [row for row in stored_rows(folder, "evaluation") if row["recipe"] != "passage"]
-        leaks = list(find_leaks(training, items, source))
+        leaks = list(find_leaks(training, items, source, reading))
     card = {
         "recipe": given.recipe,
         "command": shlex.join(["python", "tools/build_data.py", *words]),
@@ -314,7 +314,11 @@ def main(argv: list[str] | None = None) -> None:
         "refused": dict(sorted(out.refused.items())),
         "left_out": dict(sorted(out.left_out.items())),
         "retrieval": found,
-        "leaks": {"count": len(leaks), "first": leaks[:10]},
+        "leaks": {
+            "count": len(leaks),
+            "generated": sum(leak.generated for leak in leaks),
+            "first": [str(leak) for leak in leaks[:10]],
+        },
     }
     if graph is not None:
         card["graph"] = graph_entry(graph, left_out)
@@ -322,6 +326,14 @@ def main(argv: list[str] | None = None) -> None:
     page = render(card)
     (folder / "data_card.md").write_text(page, encoding="utf-8")
     print(page)
+    if given_away := [leak for leak in leaks if leak.generated]:
+        raise ValueError(
+            f"{folder}: {len(given_away)} rows made of the graph give away what is evaluated, such as {given_away[0]}; "
+            "expected none: the scores of the evaluation files would be too high"
+        )
+    if leaks:
+        line = f"{len(leaks)} rows of other files hold an evaluation question, such as {leaks[0]}"
+        print(f"warning: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,11 @@ def training_rows(sources: Sequence[Source], counts: Counter[str]) -> Iterator[t
 def as_sought(item: Item) -> SoughtItem:
     from suwen.contamination import SoughtItem
 
-    letters = item.options and isinstance(item.target, str)
+    letters = item.options and isinstance(item.target, str) and set(item.target) <= item.options.keys()
     answers = [item.options[letter] for letter in item.target] if letters else []
-    if not item.options and isinstance(item.target, str) and item.target:
-        answers = [item.target]
+    if not letters and isinstance(item.target, str) and item.target:
+        # one answer among others under names of their own, which are not printed with the question; or no others
+        answers = [item.options.get(item.target, item.target)]
     return SoughtItem(item.id, item.question, tuple(item.options.values()) if letters else (), tuple(answers))
 
 

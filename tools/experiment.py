@@ -192,8 +192,13 @@ def build(command: Sequence[str], trained: Sequence[Path]) -> None:
     """
     data, asked = Path(command[-1]), shlex.join(["python", *command])
     if (data / "data_card.json").is_file():
-        made = json.loads((data / "data_card.json").read_text(encoding="utf-8"))["command"]
+        card = json.loads((data / "data_card.json").read_text(encoding="utf-8"))
+        if leaks := card["leaks"].get("generated"):
+            raise ValueError(
+                f"{data}: {leaks} training rows give away what is evaluated, see data_card.md; expected none"
+            )
         # where the folder lay when it was built does not matter
+        made = card["command"]
         before, now = (pairs_of(shlex.split(text.partition(" --output_dir ")[0])[2:]) for text in (made, asked))
         if before == now:
             print(f"{data} is there already")
