@@ -363,7 +363,7 @@ def write_retrieved(folder: Path, num_passages: int) -> RowFile:
     with out.stream:
         for row in tqdm(by_recipe["recall"], desc="retrieval", unit=" questions", disable=None, leave=False):
             hits = [hit.passage for hit in knowledge.search(row["question"], num_passages)]
-            title = titles[row["id"].split(".")[0]]
+            title = titles[row["id"].rpartition(".recall.")[0].removesuffix(f".{row['relation']}")]
             right = [hit.title == title and all(answer in hit.text for answer in row["answers"]) for hit in hits]
             passages = [{"title": hit.title, "text": hit.text} for hit in hits]
             name = row["id"].replace(".recall.", ".retrieved.")

@@ -228,7 +228,15 @@ class HeldOut:
         names = {normal_form(source.graph.entities[head].name) for head in source.items}
         values = {normal_form(fact.value) for fact in source.graph.facts}
         kinds = {(relation, item.prose) for relation, items in source.others.items() for item in items}
-        for wording in dict.fromkeys(w for kind in sorted(kinds) for w in held_out_wordings(phrasings_of(*kind))):
+        used = [phrasings_of(*kind) for kind in sorted(kinds)]
+        trained = "\n".join(
+            normal_form(part)
+            for found in used
+            for name, wordings in vars(found).items()
+            for wording in (() if name.startswith("held_out") else wordings)
+            for part in PLACEHOLDER.split(wording)
+        )
+        for wording in dict.fromkeys(wording for found in used for wording in held_out_wordings(found)):
             about = "{e}" if "{e}" in wording else "{v}"
             parts = [part if PLACEHOLDER.match(part) else normal_form(part) for part in PLACEHOLDER.split(wording)]
             parts = [part for part in parts if part]
@@ -237,7 +245,8 @@ class HeldOut:
             known = names if about == "{e}" else values
             frame = Frame(re.compile(pattern), known, parts[0] == about, parts[-1] == about)
             self.frames[max(fixed, key=len)].append(frame)
-            self.words.update(part for part in fixed if len(part) >= WORDING_LENGTH)
+            # the long name of a relation is in wordings of training, too
+            self.words.update(part for part in fixed if len(part) >= WORDING_LENGTH and part not in trained)
 
     def within(self, texts: Sequence[str]) -> tuple[set[int], set[int]]:
         """The numbers of the texts with a filled wording, and of those with telling words.

@@ -15,7 +15,7 @@ from typing import Any
 from suwen.knowledge_graph import PROSE_CHARACTERS, Entity, Fact, Graph, short_hash
 from suwen.personal_data import NAME
 from suwen.phrasings import RELATIONS
-from suwen.readers import Refusal, detect_encoding, file_kind, read_records
+from suwen.readers import Refusal, find_encoding, read_records
 
 
 class GraphBuilder:
@@ -178,8 +178,7 @@ def load_graph(files: Iterable[Path]) -> tuple[Graph, Counter[str]]:
     edges: list[tuple[str, tuple[str, str, str]]] = []
     nodes: dict[str, str] = {}
     for file in files:
-        encoding = None if file_kind(file) == ".parquet" else detect_encoding(file)
-        for record in read_records(file, encoding):
+        for record in read_records(file, find_encoding(file)):
             if isinstance(record, Refusal):
                 if record.reason == "cells do not match the header":
                     builder.counts[record.reason] += 1

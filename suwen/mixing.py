@@ -14,7 +14,7 @@ from suwen.formats import QUESTIONS, TURN_LISTS, BadRow, canonical_rows
 from suwen.graph_readers import clean_cell
 from suwen.near_duplicates import normal_form
 from suwen.phrasings import EXAM_PROMPTS
-from suwen.readers import Refusal, Source, detect_encoding, file_kind, read_records
+from suwen.readers import Refusal, Source, find_encoding, read_records
 from suwen.synthesis import rng_of, turns
 
 SHORTEST_QUESTION = 5  # letters and digits of a test item: a shorter one ("胃炎") stands in rows that ask nothing of it
@@ -25,8 +25,7 @@ Refuse = Callable[[str, str, Any], None]  # (where, reason, row)
 def records_of(source: Source, refuse: Refuse) -> Iterator[tuple[str, Any]]:
     """All readable records of a source, with their places."""
     for file in source.files:
-        encoding = None if file_kind(file) == ".parquet" else detect_encoding(file)
-        for record in read_records(file, encoding):
+        for record in read_records(file, find_encoding(file)):
             if isinstance(record, Refusal):
                 refuse(record.where, record.reason, record.row)
             else:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from suwen.data import load_rows
@@ -34,6 +35,7 @@ from suwen.near_duplicates import normal_form
 from suwen.pairs import MARGINS, own_answer_row, pair_rows, reading_pair_rows, scored_rows
 from suwen.phrasings import GENERIC, PHRASINGS, PROSE, RELATIONS
 from suwen.readers import parse_sources
+from suwen.retrieval.documents import read_sections
 from suwen.retrieval.grounding import INSTRUCTION
 from suwen.synthesis import (
     SynthesisRules,
@@ -327,7 +329,7 @@ def every_relation(relations):
 
 
 def test_every_held_out_wording_is_found_where_it_is_planted():
-    source = every_relation([*RELATIONS, "colour"])  # the last one has generic wordings
+    source = every_relation([*RELATIONS, "colour", "医保报销的比例和范围"])  # the last two have generic wordings
     planted, fine = [], []
     for items in source.items.values():
         for item in items:
@@ -674,6 +676,33 @@ def test_no_row_made_of_a_graph_asks_what_a_test_asks(tmp_path):
     assert left_out == before["药甲片"]["sft/question"] + before["药乙片"]["sft/question"]
     assert card["refused"] == {"test question of fewer than 5 characters, not looked for": 1}
     assert f"sft/question: holds a test item {left_out}" in (tmp_path / "less" / "data_card.md").read_text("utf-8")
+
+
+def workbook(path: Path, *rows: tuple[str, ...]) -> None:
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+
+
+def test_workbooks_are_read_as_graph_as_rows_and_as_documents(tmp_path):
+    workbook(tmp_path / "g.xlsx", ("name", "symptom"), ("胃炎", "上腹痛"), ("肺炎", "发热"))
+    workbook(tmp_path / "q.xlsx", ("question", "answer"), ("胃痛应该吃什么药比较好？", "先查明原因，不要自行用药。"))
+    words = ("--graph", str(tmp_path / "g.xlsx"), "--qa", str(tmp_path / "q.xlsx"), "--num_proc", "1")
+    card = build_here(tmp_path / "out", *words)
+    assert card["graph"]["facts"] == 2
+    assert {file["file"]: file["rows"] for file in card["files"]}["sft/qa.jsonl"] == 1
+    sections = list(read_sections(tmp_path / "g.xlsx", "g.xlsx"))
+    assert [section.title for section in sections] == ["胃炎", "肺炎"]
+
+
+def test_ids_with_dots_are_ids_like_others(tmp_path):
+    rows = ("head,relation,tail,id\n", "v1.2.胃炎,symptom,上腹痛,f.1\n", "v1.3.肺炎,a.recall.b,发热,f.2\n")
+    (tmp_path / "nodes.csv").write_text("id,name,type\nv1.2.胃炎,胃炎,疾病\nv1.3.肺炎,肺炎,疾病\n", "utf-8")
+    (tmp_path / "triples.csv").write_text("".join(rows), "utf-8")
+    files = f"{tmp_path}/nodes.csv,{tmp_path}/triples.csv"
+    card = build_here(tmp_path / "out", "--graph", files, "--num_proc", "1", "--passages", "1")
+    assert card["retrieval"]["right_passage_found"] == card["retrieval"]["questions"] > 0
 
 
 @pytest.mark.parametrize(

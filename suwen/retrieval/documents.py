@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from suwen.readers import BOOK_HEADING, SUFFIXES, Refusal, detect_encoding, file_kind, open_text, read_records
+from suwen.readers import (
+    BOOK_HEADING,
+    SUFFIXES,
+    Refusal,
+    detect_encoding,
+    file_kind,
+    find_encoding,
+    open_text,
+    read_records,
+)
 from suwen.retrieval.office import Unreadable, read_pages
 from suwen.retrieval.passages import Section
 
@@ -124,9 +133,8 @@ def _title_of(text: str) -> str:
 
 
 def _record_sections(file: Path, name: str) -> Iterator[Section | Refusal]:
-    encoding = None if file_kind(file) == ".parquet" else detect_encoding(file)
     facts: dict[str, dict[str, list[str]]] = {}  # of triples: head -> relation -> tails
-    for record in read_records(file, encoding):
+    for record in read_records(file, find_encoding(file)):
         if isinstance(record, Refusal):
             yield Refusal(record.where.replace(str(file), name), record.reason, record.message.replace(str(file), name))
             continue
