@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from suwen.fact_items import (
     reverse_items,
 )
 from suwen.formats import BadRow, canonical_rows
-from suwen.mixing import Refuse, as_text, read_rows, record_rows, records_of, weighted
+from suwen.mixing import Refuse, as_text, document_rows, read_rows, record_rows, records_of, weighted
 from suwen.near_duplicates import TestItems, normal_form
 from suwen.pairs import own_answer_row, pair_rows, reading_pair_rows, scored_rows
 from suwen.parallel import batched, map_in_order
@@ -186,9 +187,10 @@ def file_rows(recipe: str, sources: dict[str, list[FileSource]], refuse: Refuse,
         refuse: called for each row that cannot be used.
     """
 
-    def rows(kind: str, name: str, schema: str = "conversation") -> Iterator[Row]:
+    def rows(kind: str, name: str) -> Iterator[Row]:
         for source in sources[kind]:
-            yield from weighted(read_rows(source, schema, name, refuse), source.weight, seed)
+            found = document_rows if kind == "text" else partial(read_rows, schema="conversation")
+            yield from weighted(found(source, recipe=name, refuse=refuse), source.weight, seed)
 
     def texts(kind: str, name: str) -> Iterator[Row]:
         return ({**as_text(row), "recipe": name} for row in rows(kind, name))
@@ -197,7 +199,7 @@ def file_rows(recipe: str, sources: dict[str, list[FileSource]], refuse: Refuse,
         for source in sources["dialogues"]:
             yield from weighted(record_rows(source, refuse), source.weight, seed)
 
-    text = rows("text", "text", "text")
+    text = rows("text", "text")
     pretrain: Iterable[Row] = text
     sft: tuple[Iterable[Row], ...] = (rows("dialogues", "recorded dialogue"), rows("general", "general"))
     sft += (rows("exams", "exam"),)

@@ -37,6 +37,7 @@ def source_entry(kind: str, source: Source, licence: str = "") -> dict[str, Any]
         "weight": source.weight,
         "licence": licence or licence_of(Path(source.path)),
         "files": files,
+        "ignored": [str(file) for file in source.ignored],  # of kinds that are not read
     }
 
 
@@ -102,6 +103,7 @@ def render(card: dict[str, Any]) -> str:
         )
         if card["sources"]
         else "None: the graph is fictional and made from the seed.",
+        *(f"Passed over, of no known kind: {', '.join(names)}." for s in card["sources"] if (names := s["ignored"])),
         "## Files",
         table(
             ("file", "rows", "characters", "median", "p95", "recipes", "groups", "sha256"),

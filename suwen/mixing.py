@@ -5,19 +5,34 @@ Each reader gives canonical rows (suwen/formats.py) with `where`, `recipe` and `
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from suwen.cleaning import HEADING, SENTENCE_END, CleaningRules, strip_html
 from suwen.formats import QUESTIONS, TURN_LISTS, BadRow, canonical_rows
 from suwen.graph_readers import clean_cell
 from suwen.near_duplicates import normal_form
 from suwen.phrasings import EXAM_PROMPTS
-from suwen.readers import Refusal, Source, find_encoding, read_records
+from suwen.readers import (
+    BOOK_HEADING,
+    Refusal,
+    Source,
+    detect_encoding,
+    file_kind,
+    find_encoding,
+    open_text,
+    read_records,
+)
+from suwen.retrieval.documents import MARKDOWN_KINDS, OFFICE_KINDS, read_sections
 from suwen.synthesis import rng_of, turns
 
 SHORTEST_QUESTION = 5  # letters and digits of a test item: a shorter one ("胃炎") stands in rows that ask nothing of it
+LINES_LOOKED_AT = 2000  # of a .txt, to tell what it is
 Row = dict[str, Any]
 Refuse = Callable[[str, str, Any], None]  # (where, reason, row)
 
@@ -55,6 +70,39 @@ def read_rows(source: Source, schema: str, recipe: str, refuse: Refuse) -> Itera
                 yield {**row, "where": where, "recipe": recipe, "facts": []}
         except BadRow as error:
             refuse(where, error.reason, value)
+
+
+def document_rows(source: Source, recipe: str, refuse: Refuse) -> Iterator[Row]:
+    """Rows of text: a book, guideline or page is one document, a table or a file of documents gives one each row."""
+    for file in source.files:
+        part = replace(source, files=(file,))
+        if not is_document(file):
+            yield from read_rows(part, "text", recipe, refuse)
+            continue
+        sections = []
+        for section in read_sections(file, str(file)):
+            if isinstance(section, Refusal):
+                refuse(section.where, section.reason, section.row)
+            else:
+                sections.append(section.text)
+        if sections:  # of a PDF the pages: sentences go on from one to the next
+            yield {"text": "\n".join(sections), "where": str(file), "recipe": recipe, "facts": []}
+
+
+def is_document(file: Path) -> bool:
+    """Whether a file is one document. A .txt is, unless its lines are: most are long and end a sentence, none is a
+    heading, which would belong to what comes after it. A book with marked sections (<篇名>) has readers of its own."""
+    if file_kind(file) != ".txt":
+        return file.name.lower().endswith((*MARKDOWN_KINDS, *OFFICE_KINDS))
+    with open_text(file, detect_encoding(file)) as stream:
+        shown = (strip_html(line).strip() for line in itertools.islice(stream, LINES_LOOKED_AT))
+        lines = [line for line in shown if line]
+    if not lines or lines[0].startswith(BOOK_HEADING):
+        return False
+    whole = [bool(SENTENCE_END.search(line)) for line in lines]
+    documents = sum(ends and len(line) >= CleaningRules.min_characters for ends, line in zip(whole, lines, strict=True))
+    headed = any(HEADING.match(line) and not ends for ends, line in zip(whole, lines, strict=True))
+    return headed or documents <= len(lines) / 2
 
 
 def is_exam(value: Any) -> bool:

@@ -97,7 +97,7 @@ def find_files(path: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tu
     return files, tuple(sorted(set(found) - set(files)))
 
 
-def parse_sources(sources: str, flag: str = "--train_file_dir") -> list[Source]:
+def parse_sources(sources: str, flag: str = "--train_file_dir", suffixes: tuple[str, ...] = SUFFIXES) -> list[Source]:
     """Take "a:0.3,b" apart: paths with an optional weight (default 1).
 
     A path that exists as written wins over a reading as path:weight, and the whole string over a comma list.
@@ -105,7 +105,7 @@ def parse_sources(sources: str, flag: str = "--train_file_dir") -> list[Source]:
     parts = [sources] if _exists(sources) else [part.strip() for part in sources.split(",") if part.strip()]
     if not parts:
         raise ValueError(f"{flag}: found {sources!r}, expected files or folders, such as data/a.jsonl:0.5,data/b")
-    return [_parse_source(part, flag) for part in parts]
+    return [_parse_source(part, flag, suffixes) for part in parts]
 
 
 def _expanded(path: str) -> Path:
@@ -122,7 +122,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _parse_source(part: str, flag: str) -> Source:
+def _parse_source(part: str, flag: str, suffixes: tuple[str, ...]) -> Source:
     path, weight = part, 1.0
     if not _exists(part) and ":" in part:
         head, tail = part.rsplit(":", 1)
@@ -132,7 +132,7 @@ def _parse_source(part: str, flag: str) -> Source:
             pass  # a colon in a name, not a weight
         if not 0 < weight < 1e6:
             raise ValueError(f"{flag}: weight of {head} is {tail}, expected a number above 0, such as 0.3 or 2")
-    files, ignored = find_files(path, flag)
+    files, ignored = find_files(path, flag, suffixes)
     return Source(path, weight, files, ignored)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import openpyxl
 import pytest
+from papers import write_docx, write_pdf
+from test_cleaning import characters
 
 from suwen.data import load_rows
 from suwen.fact_items import (
@@ -694,6 +696,37 @@ def test_workbooks_are_read_as_graph_as_rows_and_as_documents(tmp_path):
     assert {file["file"]: file["rows"] for file in card["files"]}["sft/qa.jsonl"] == 1
     sections = list(read_sections(tmp_path / "g.xlsx", "g.xlsx"))
     assert [section.title for section in sections] == ["胃炎", "肺炎"]
+
+
+def test_books_and_guidelines_are_read_as_documents_of_every_kind(tmp_path):
+    books = tmp_path / "books"
+    books.mkdir()
+    chapter = characters(400, 1) + "。"
+    lines = ["第一章 定义", *(chapter[at : at + 31] for at in range(0, len(chapter), 31)), "- 12 -"]
+    (books / "wrapped.txt").write_text("\n".join(lines), "utf-8")
+    (books / "lines.txt").write_text(
+        "慢性胃炎是胃黏膜的慢性炎症，多与感染有关。\n发热是常见症状，要先查明原因，再对症处理。\n", "utf-8"
+    )
+    (books / "page.md").write_text("# 高血压\n\n高血压患者应当低盐饮食，按时服药，定期测量血压。\n", "utf-8")
+    write_docx(
+        books / "guide.docx", [("Heading 1", "用药指导"), ("Normal", "地高辛中毒的早期表现是恶心和黄视，要立即停药。")]
+    )
+    write_pdf(
+        books / "paper.pdf", ["糖尿病的典型症状是多饮、多食、多尿和体重下降，要定", "期检查眼底，并长期控制血糖。"]
+    )
+    (books / "old.doc").write_text("x")
+    card = build_here(tmp_path / "out", "--text", str(books), "--num_proc", "1")
+    rows = map(json.loads, (tmp_path / "out" / "pretrain" / "text.jsonl").read_text("utf-8").splitlines())
+    assert [row["text"] for row in rows] == [
+        "# 用药指导\n地高辛中毒的早期表现是恶心和黄视，要立即停药。",
+        "慢性胃炎是胃黏膜的慢性炎症，多与感染有关。",
+        "发热是常见症状，要先查明原因，再对症处理。",
+        "# 高血压\n高血压患者应当低盐饮食，按时服药，定期测量血压。",
+        "糖尿病的典型症状是多饮、多食、多尿和体重下降，要定\n期检查眼底，并长期控制血糖。",
+        f"第一章定义\n{chapter}",
+    ]
+    assert card["sources"][0]["ignored"] == [str(books / "old.doc")]
+    assert f"Passed over, of no known kind: {books}/old.doc." in (tmp_path / "out" / "data_card.md").read_text("utf-8")
 
 
 def test_ids_with_dots_are_ids_like_others(tmp_path):

@@ -46,7 +46,7 @@ class SourceArguments:
         "graph", "what is made of the sources, see above"
     )
     graph: str = flag("", "triples, node and edge tables, disease tables, leaflets (data/kg where no source is given)")
-    text: str = flag("", "plain text, books, guidelines")
+    text: str = flag("", "books and guidelines (.txt, .md, .pdf, .docx), and tables or lines of documents")
     qa: str = flag("", "questions and answers")
     dialogues: str = flag("", "dialogues of patients and doctors")
     general: str = flag("", "general instructions and safety prompts")
@@ -255,14 +255,19 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.mixing import test_questions
     from suwen.near_duplicates import TestItems
     from suwen.parallel import available_cores
-    from suwen.readers import parse_sources
+    from suwen.readers import SUFFIXES, parse_sources
     from suwen.records import write_json
+    from suwen.retrieval.documents import DOCUMENT_SUFFIXES
     from suwen.synthesis import reading_rows
 
     if given.recipe == "graph" and not any(getattr(given, kind) for kind in MATERIAL):
         given.graph = str(Path(__file__).resolve().parents[1] / "data" / "kg")
     paths = {kind: getattr(given, kind) for kind in KINDS}
-    sources = {kind: parse_sources(path, f"--{kind}") if path else [] for kind, path in paths.items()}
+    kinds = {"text": DOCUMENT_SUFFIXES}  # books come as PDF, DOCX and Markdown, too
+    sources = {
+        kind: parse_sources(path, f"--{kind}", kinds.get(kind, SUFFIXES)) if path else []
+        for kind, path in paths.items()
+    }
     num_proc = args.num_proc or available_cores()
 
     # The graph first, before an earlier build is removed: its files may be bad
