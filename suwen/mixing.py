@@ -159,6 +159,9 @@ def record_rows(source: Source, refuse: Refuse) -> Iterator[Row]:
             continue
         states: dict[str, set[str]] = {}
         lines = []
+        if not all(map(has_labels, value[name])):
+            refuse(where, "dialogue with a turn that cannot be read", value)
+            continue
         for turn in value[name]:
             sentence = str(turn.get("sentence") or "").strip()
             if sentence:
@@ -179,6 +182,14 @@ def record_rows(source: Source, refuse: Refuse) -> Iterator[Row]:
         record += f"\n对话中提到的诊断：{'、'.join(diagnoses)}。" if diagnoses else ""
         prompt = rng_of("record", where).choice(RECORD_PROMPTS).replace("{d}", "\n".join(lines))
         yield {"messages": turns(prompt, record), "where": where, "recipe": "medical record", "facts": []}
+
+
+def has_labels(turn: Any) -> bool:
+    """Whether a turn is an object whose labels, where it has any, are lists, those of symptoms of text."""
+    if not isinstance(turn, dict):
+        return False
+    symptoms, states = turn.get("normalized") or [], turn.get("type") or []
+    return isinstance(symptoms, list) and isinstance(states, list) and all(isinstance(s, str) for s in symptoms)
 
 
 def test_questions(sources: Iterable[Source], refuse: Refuse) -> list[str]:

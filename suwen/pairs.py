@@ -8,6 +8,7 @@ style, and recall falls while preference accuracy rises (measured; see tests/tes
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -142,7 +143,7 @@ def holds_all(answer: str, values: Sequence[str]) -> bool:
     return all("".join(value.split()).rstrip("。") in text for value in values)
 
 
-def scored_rows(records: Iterable[tuple[str, dict[str, Any]]], min_gap: float = 1.0) -> Iterator[Row | BadRow]:
+def scored_rows(records: Iterable[tuple[str, Any]], min_gap: float = 1.0) -> Iterator[Row | BadRow]:
     """Pairs from ranked or scored answers: the best one of a prompt against each that is at least `min_gap` worse.
 
     Args:
@@ -153,6 +154,11 @@ def scored_rows(records: Iterable[tuple[str, dict[str, Any]]], min_gap: float = 
         rows for the schema "preference"; a BadRow for a record of no such form.
     """
     for where, record in records:
+        if not isinstance(record, dict):
+            yield BadRow(
+                "wrong schema", f"{where}: found {str(record)[:40]!r}, expected an object with a pair or scores"
+            )
+            continue
         if "rejected" in record or "response_rejected" in record:
             yield {**record, "recipe": "given pair", "where": where}
             continue
@@ -162,13 +168,16 @@ def scored_rows(records: Iterable[tuple[str, dict[str, Any]]], min_gap: float = 
             scores = range(0, -len(answers), -1)
         prompt = record.get("prompt") or record.get("question") or record.get("messages")
         texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-        if not prompt or not texts or scores is None or len(scores) != len(answers):
+        counted = isinstance(scores, (list, range)) and texts and len(scores) == len(answers)
+        if not prompt or not counted:
             found = ", ".join(record)
             yield BadRow("no scored answers", f"{where}: found {found}, expected prompt, responses, scores, or ranked")
             continue
         try:
             ranked = sorted(zip(map(float, scores), answers, strict=True), key=lambda pair: -pair[0])
         except (TypeError, ValueError):
+            ranked = []
+        if not all(math.isfinite(score) for score, _ in ranked) or not ranked:
             yield BadRow("score is not a number", f"{where}: found {scores!r}, expected numbers")
             continue
         (best, chosen), *rest = ranked

@@ -514,12 +514,18 @@ def test_scored_answers_become_pairs_with_the_gap_as_margin():
         ("c", {"prompt": "问", "chosen": "甲", "rejected": "乙"}),
         ("d", {"prompt": "问", "responses": ["好", "差"]}),
         ("e", {"prompt": "问", "responses": ["好", "差"], "scores": [1, "x"]}),
+        ("f", {"prompt": "问", "responses": ["好", "差"], "scores": 3}),
+        ("g", {"prompt": "问", "responses": ["好", "差"], "scores": "31"}),
+        ("h", {"prompt": "问", "responses": ["好", "差"], "scores": [1, float("nan")]}),
+        ("i", "一行文字"),
+        ("j", ["好", "差"]),
     ]
     rows = list(scored_rows(records))
     made = [(r["chosen"][0]["content"], r["rejected"][0]["content"], r["margin"]) for r in rows[:3]]
     assert made == [("好", "差", 4), ("一", "二", 1), ("一", "三", 2)]
     assert rows[3]["recipe"] == "given pair"
-    assert [type(row) for row in rows[4:]] == [BadRow, BadRow]
+    assert [type(row) for row in rows[4:]] == [BadRow] * 7
+    assert [str(row).split(": ")[1] for row in rows[4:]] == list("defghij"), "each names its place"
 
 
 # -------------------------------------------------------------------------------------------------------------- mixing
@@ -680,6 +686,10 @@ def test_no_row_made_of_a_graph_asks_what_a_test_asks(tmp_path):
     assert f"sft/question: holds a test item {left_out}" in (tmp_path / "less" / "data_card.md").read_text("utf-8")
 
 
+def write_lines(path: Path, *rows: object) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
 def workbook(path: Path, *rows: tuple[str, ...]) -> None:
     book = openpyxl.Workbook()
     for row in rows:
@@ -776,6 +786,8 @@ def test_recipes_compose_the_stages_as_their_models_did(tmp_path, recipe, files)
         (["--groups", "A"], "--groups: found 'A', expected shares of A, B and C"),
         (["--groups", "A:x"], "--groups: found 'A:x', expected shares of A, B and C"),
         (["--groups", "A:0.5"], "--groups: found 'A:0.5', expected shares of A, B and C that sum to 1"),
+        (["--graph", f"{ROOT}/data/kg:0.5"], "data/kg has the weight 0.5, expected none: all is used"),
+        (["--licences", "data/no=CC0"], "--licences: data/no is no source, expected one of "),
         (["--recipe", "fictional", "--graph", "x"], "--graph: the fictional recipe invents its graph"),
         (["--recipe", "chimed"], "no source given"),
     ],
@@ -785,6 +797,35 @@ def test_mistakes_are_answered_in_one_line(tmp_path, words, message):
     assert result.returncode == 2 and message in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.strip().split("\n")) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_shares_that_sum_to_one_but_for_rounding_are_shares():
+    assert 0.7 + 0.2 + 0.1 != 1
+    assert build_data.parse_groups("A:0.7,B:0.2,C:0.1") == {"A": 0.7, "B": 0.2, "C": 0.1}
+
+
+def test_a_licence_may_be_an_address():
+    found = build_data.parse_pairs("data/a=https://x.org/licence,data/b:CC0", "licences", "")
+    assert found == {"data/a": "https://x.org/licence", "data/b": "CC0"}
+
+
+def test_odd_rows_of_pairs_and_dialogues_are_counted_or_answered_in_one_line(tmp_path):
+    pairs = [
+        {"prompt": "胃痛怎么办？", "responses": ["先查明原因，不要自行用药。", "不知道。"], "scores": scores}
+        for scores in ([2, 0], 3)
+    ]
+    odd = ["一行文字", ["好", "差"], {"prompt": "问", "chosen": 3, "rejected": "差"}]
+    write_lines(tmp_path / "p.jsonl", *pairs, *odd)
+    talks = [["你好"], [{"sentence": "咳嗽", "normalized": [["咳嗽"]], "type": ["1"]}], "x", 3]
+    write_lines(tmp_path / "d.jsonl", *({"dialogue-content": turns} for turns in talks), "一行文字")
+    words = ("--recipe", "qizhen", "--preference", str(tmp_path / "p.jsonl"), "--dialogues", str(tmp_path / "d.jsonl"))
+    card = build_here(tmp_path / "out", *words, "--num_proc", "1", "--min_chinese", "0")
+    assert (
+        card["refused"]["dialogue with a turn that cannot be read"] == 2 and card["refused"]["no scored answers"] == 1
+    )
+    assert [file["rows"] for file in card["files"]] == [1]
+    with pytest.raises(ValueError, match=r"p\.jsonl"):
+        build_here(tmp_path / "out", "--preference", str(tmp_path / "p.jsonl"), "--on_bad_rows", "error")
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

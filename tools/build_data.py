@@ -17,6 +17,7 @@ data/README.md describes the files that come out.
 """
 
 import functools
+import math
 import shlex
 import shutil
 import sys
@@ -119,9 +120,22 @@ def check(given: SourceArguments, args: BuildArguments) -> None:
         raise ValueError(f"--output_dir: {folder} holds {others[0]}, expected a new folder or one of an earlier build")
 
 
+def check_sources(sources: dict[str, list[Any]], licences: dict[str, str]) -> None:
+    """Refuse what would be ignored: weights where nothing is drawn, licences of what is no source."""
+    for kind in ("graph", "own_answers", "tests"):
+        if weighted := next((source for source in sources[kind] if source.weight != 1), None):
+            raise ValueError(
+                f"--{kind}: {weighted.path} has the weight {weighted.weight:g}, expected none: all is used"
+            )
+    paths = [source.path for found in sources.values() for source in found]
+    if unknown := next((path for path in licences if path not in paths), None):
+        raise ValueError(f"--licences: {unknown} is no source, expected one of {', '.join(paths) or 'none given'}")
+
+
 def parse_pairs(text: str, name: str, example: str) -> dict[str, str]:
     """ "a=b,c=d" or "a:b,c:d" as a dict."""
-    pairs = [part.replace("=", ":", 1).rpartition(":")[::2] for part in text.split(",") if part]
+    parts = [part.partition("=") if "=" in part else part.rpartition(":") for part in text.split(",") if part]
+    pairs = [(key, value) for key, _, value in parts]
     if any(not key.strip() or not value.strip() for key, value in pairs):
         raise ValueError(f"--{name}: found {text!r}, expected {example}")
     return {key.strip(): value.strip() for key, value in pairs}
@@ -135,7 +149,7 @@ def parse_groups(text: str) -> dict[str, float]:
     except ValueError:
         shares = {}
     if text and not (
-        shares.keys() <= set("ABC") and min(shares.values(), default=-1) >= 0 and sum(shares.values()) == 1
+        shares.keys() <= set("ABC") and min(shares.values(), default=-1) >= 0 and math.isclose(sum(shares.values()), 1)
     ):
         raise ValueError(f"--groups: found {text!r}, expected {example}")
     return shares
@@ -268,6 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         kind: parse_sources(path, f"--{kind}", kinds.get(kind, SUFFIXES)) if path else []
         for kind, path in paths.items()
     }
+    check_sources(sources, licences)
     num_proc = args.num_proc or available_cores()
 
     # The graph first, before an earlier build is removed: its files may be bad
