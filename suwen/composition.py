@@ -298,6 +298,7 @@ class DataFolder:
         self.path, self.on_bad_rows = path, on_bad_rows
         self.files: dict[str, RowFile] = {}
         self.refused: Counter[str] = Counter()
+        self._known: set[int] = set()  # a file that is read for two stages has its bad rows once
         self.left_out: Counter[str] = Counter()  # of what was generated
         self.dropped = open(path / "dropped_rows.jsonl", "w", encoding="utf-8", errors="backslashreplace")
 
@@ -317,6 +318,10 @@ class DataFolder:
     def refuse(self, where: str, reason: str, row: Any) -> None:
         if self.on_bad_rows == "error":
             raise ValueError(f"{where}: {reason}")
+        key = hash((where, reason, repr(row)))
+        if key in self._known:
+            return
+        self._known.add(key)
         self.refused[reason] += 1
         self.note("reading", where, reason, row)
 

@@ -6,16 +6,21 @@ and encoding of suwen/readers.py.
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from suwen.cleaning import strip_html
+from suwen.formats import BadRow
 from suwen.knowledge_graph import PROSE_CHARACTERS, Entity, Fact, Graph, short_hash
 from suwen.personal_data import NAME
 from suwen.phrasings import RELATIONS
-from suwen.readers import Refusal, find_encoding, read_records
+from suwen.readers import Refusal, detect_encoding, file_kind, find_encoding, open_text, read_records
+
+Refuse = Callable[[str, str, Any], None]  # (where, reason, row)
 
 
 class GraphBuilder:
@@ -69,17 +74,17 @@ ALIASES = ("alias", "aliases", "别名", "又名", "商品名", "英文名")
 # Column or field names as found -> relation; a column whose name is not here is left aside and named in the counts.
 FIELDS = {
     "definition": ("desc", "概述", "简介", "定义", "疾病介绍"),
-    "department": ("department", "cure_department", "科室", "就诊科室", "所属科室"),
-    "symptom": ("symptom", "symptoms", "症状", "临床表现", "典型症状"),
+    "department": ("department", "cure_department", "belongs_to", "科室", "就诊科室", "所属科室"),
+    "symptom": ("symptom", "symptoms", "has_symptom", "症状", "临床表现", "典型症状"),
     "cause": ("cause", "病因", "发病原因"),
-    "examination": ("check", "checklist", "检查", "检查项目"),
+    "examination": ("check", "checklist", "need_check", "检查", "检查项目"),
     "treatment": ("treatment", "cure_way", "治疗", "治疗方法", "治疗方式"),
     "surgery": ("surgery", "operation", "手术", "手术治疗", "手术方式"),
     "drug": ("drug", "recommand_drug", "common_drug", "常用药物", "药物", "常用药品", "推荐药物"),
-    "complication": ("complication", "acompany", "并发症"),
+    "complication": ("complication", "acompany", "acompany_with", "并发症"),
     "prevention": ("prevent", "prevention", "预防", "预防措施"),
     "food": ("do_eat", "宜吃", "适宜饮食", "宜食"),
-    "food_to_avoid": ("not_eat", "忌吃", "饮食禁忌", "忌食"),
+    "food_to_avoid": ("not_eat", "no_eat", "忌吃", "饮食禁忌", "忌食"),
     "population": ("easy_get", "age", "易感人群", "多发人群"),
     "transmission": ("get_way", "infection", "传染性", "传播途径"),
     "prognosis": ("cured_prob", "rate", "治愈率", "预后", "治愈情况"),
@@ -108,6 +113,8 @@ IGNORED_FIELDS = {
     "drug_detail",
 }
 IGNORED_FIELDS |= {"recommand_eat", "剂型", "instruction", "医学专家标注的适应病症", ""}
+# Edges of QASystemOnMedicalKG that are no facts on diseases or drugs: makers of drugs, recipes, parts of departments
+NOT_TOLD = {("drugs_of", ""), ("recommand_eat", ""), ("belongs_to", "科室")}
 LEAFLET_FIELD = re.compile(r"^\s*[【\[]?\s*([\u4e00-\u9fff/]{2,10})\s*[】\]]?\s*[:：】]\s*", re.MULTILINE)
 TYPES = {"disease": "疾病", "drug": "药品", "疾病": "疾病", "药品": "药品", "药物": "药品", "medicine": "药品"}
 TAG = re.compile(r"<[^<>]{1,200}>")
@@ -131,10 +138,9 @@ def clean_cell(value: Any) -> str:
     """The text of a cell: tags and entities out, blanks at the ends cut; "" for what says that nothing is known."""
     if value is None or isinstance(value, dict):
         return ""
-    text = (
-        html.unescape(TAG.sub("", str(value))).replace("\u3000", " ").replace("\xa0", " ").replace("[详细]", "").strip()
-    )
-    text = text.strip(" \n\t")
+    # tags may be written as entities (&lt;p&gt;), where "<" as a sign (p&lt;0.05) has to stay
+    text = strip_html(html.unescape(TAG.sub("", str(value))))
+    text = text.replace("\u3000", " ").replace("\xa0", " ").replace("[详细]", "").strip()
     return "" if EMPTY.fullmatch(text) or not any(map(str.isalnum, text)) else text
 
 
@@ -165,81 +171,136 @@ def is_person(term: str) -> bool:
     return PERSON.fullmatch(term) is not None and SYMPTOM_CHARACTERS.isdisjoint(term)
 
 
-def load_graph(files: Iterable[Path]) -> tuple[Graph, Counter[str]]:
+def load_graph(files: Iterable[Path], refuse: Refuse | None = None) -> tuple[Graph, Counter[str]]:
     """Read and join the graphs of all files.
+
+    Args:
+        refuse: called for each row that cannot be used; without it the first one ends the reading.
 
     Returns:
         the graph, and what was left out or put right, by reason.
 
     Raises:
-        ValueError: a row that cannot be read, or a file of no known form, by file and line.
+        ValueError: a row that cannot be used, or a file that cannot be read, by file and line; no facts at all.
     """
     builder = GraphBuilder()
     edges: list[tuple[str, tuple[str, str, str]]] = []
     nodes: dict[str, str] = {}
+    first = ""
+
+    def bad(where: str, reason: str, message: str, row: Any) -> None:
+        nonlocal first
+        if refuse is None:
+            raise ValueError(message)
+        first = first or f"; the first row refused: {message}"
+        refuse(where, reason, row)
+
+    files = list(files)
     for file in files:
-        for record in read_records(file, find_encoding(file)):
+        for record in read_leaflets(file) if file_kind(file) == ".txt" else read_records(file, find_encoding(file)):
             if isinstance(record, Refusal):
                 if record.reason == "cells do not match the header":
                     builder.counts[record.reason] += 1
-                    continue
-                raise ValueError(record.message)
+                else:
+                    bad(record.where, record.reason, record.message, record.row)
+                continue
             where, row = record
-            _read_row(row, where, builder, nodes, edges)
+            try:
+                _read_row(row, where, builder, nodes, edges)
+            except BadRow as error:
+                bad(where, error.reason, f"{where}: {error}", row)
     for where, (start, relation, end) in edges:
-        missing = [name for name in (start, end) if name not in nodes]
-        if missing:
-            raise ValueError(f"{where}: unknown node {missing[0]!r}, expected an id of a node table")
-        tail = builder.graph.entities[nodes[end]]
-        builder.fact(nodes[start], RELATION_OF.get(relation, relation), tail.name, tail.id)
+        if missing := [name for name in (start, end) if name not in nodes]:
+            message = f"{where}: unknown node {missing[0]!r}, expected an id of a node table"
+            bad(where, "edge with an unknown node", message, [start, relation, end])
+            continue
+        head, tail = (builder.graph.entities[nodes[name]] for name in (start, end))
+        _add_fact(head, relation, tail.name, tail.id, "", builder)
     if not builder.graph.facts:
-        raise ValueError(f"{', '.join(map(str, files))}: no facts found, expected triples, nodes and edges, or tables")
+        names = ", ".join(map(str, files))
+        raise ValueError(f"{names}: no facts found, expected triples, nodes and edges, or tables{first}")
     return builder.graph, builder.counts
+
+
+def read_leaflets(file: Path) -> Iterator[tuple[str, str] | Refusal]:
+    """The leaflets of a .txt, which may hold several: each begins with a drug's name on a line of its own before a
+    field, after a blank line."""
+    encoding = detect_encoding(file)
+    if encoding.error:
+        yield Refusal(str(file), "undecodable bytes", encoding.error)
+        return
+    with open_text(file, encoding) as stream:
+        lines = list(map(str.strip, stream))
+    told = [number for number, line in enumerate(lines) if line]
+    if not told:
+        yield Refusal(str(file), "empty file", f"{file}: empty file, expected leaflets")
+        return
+    field = [LEAFLET_FIELD.match(line) is not None for line in lines]
+    starts = [number for before, number, after in zip(told, told[1:], told[2:], strict=False)
+              if number - before > 1 and not field[number] and field[after]]  # fmt: skip
+    for start, end in itertools.pairwise([told[0], *starts, len(lines)]):
+        yield f"{file}, line {start + 1}", "\n".join(filter(None, lines[start:end]))
+
+
+def _add_fact(head: Entity, relation: str, value: str, tail: str, fact_id: str, builder: GraphBuilder) -> None:
+    """A fact of a triple or edge, with the relation as it was found."""
+    if {(relation.lower(), ""), (relation.lower(), head.type)} & NOT_TOLD:
+        builder.counts[f"relation {relation} left aside"] += 1
+    else:
+        builder.fact(head.id, RELATION_OF.get(relation.lower(), relation), value, tail, fact_id)
 
 
 def _read_row(row: Any, where: str, builder: GraphBuilder, nodes: dict[str, str], edges: list[Any]) -> None:
     if isinstance(row, str):
         _read_leaflet(row, where, builder)
         return
+    if not isinstance(row, dict):
+        raise BadRow("wrong schema", f"found {row!r:.60}, expected an object")
     fields = {str(key).strip().lower(): value for key, value in row.items()}
     for keys in TRIPLE_KEYS:
         if set(keys) <= fields.keys():
             head, relation, tail = (clean_cell(fields[key]) for key in keys)
-            _read_triple(head, relation, tail, fields, where, builder)
+            _read_triple(head, relation, tail, fields, builder)
             return
     for keys in EDGE_KEYS:
         if set(keys) <= fields.keys():
-            edges.append((where, tuple(clean_cell(fields[key]) for key in keys)))
+            start, relation, end = (clean_cell(fields[key]) for key in keys)
+            if not (start and relation and end):
+                raise BadRow(
+                    "edge without all its parts", f"found {start!r}, {relation!r}, {end!r}, expected all three"
+                )
+            edges.append((where, (start, relation, end)))
             return
     for keys in NODE_KEYS:
         if set(keys) <= fields.keys():
             key, name, kind = (clean_cell(fields[key]) for key in keys)
+            if not (key and name):
+                raise BadRow("node without id or name", f"found id {key!r}, name {name!r}, expected both")
             aliases = split_terms(fields.get("aliases", fields.get("alias", "")), builder.counts)
             nodes[key] = builder.entity(name, TYPES.get(kind.lower(), kind), aliases, key)
             return
     column = next((key for key in NAMES if fields.get(key)), None)
     if column is None or not any(key in RELATION_OF for key in fields if key != column):
         found = ", ".join(map(str, row)) or "nothing"
-        raise ValueError(
-            f"{where}: found the columns {found}, expected triples (head, relation, tail), nodes (id, name, type), "
-            "edges (source, type, target), or one row a disease or drug (name, symptom, ...)"
+        raise BadRow(
+            "no known columns",
+            f"found the columns {found}, expected triples (head, relation, tail), nodes (id, name, type), "
+            "edges (source, type, target), or one row a disease or drug (name, symptom, ...)",
         )
     _read_table_row(fields, column, builder)
 
 
-def _read_triple(
-    head: str, relation: str, tail: str, fields: dict[str, Any], where: str, builder: GraphBuilder
-) -> None:
+def _read_triple(head: str, relation: str, tail: str, fields: dict[str, Any], builder: GraphBuilder) -> None:
     if not (head and relation and tail):
-        raise ValueError(f"{where}: found head {head!r}, relation {relation!r}, tail {tail!r}, expected all three")
-    relation = RELATION_OF.get(relation.lower(), relation)
-    known = RELATIONS.get(relation)
+        found = f"found head {head!r}, relation {relation!r}, tail {tail!r}, expected all three"
+        raise BadRow("triple without all its parts", found)
+    known = RELATIONS.get(RELATION_OF.get(relation.lower(), relation))
     entities = builder.graph.entities
     if head not in entities:  # a name, not an id of an entity table
         kind = clean_cell(fields.get("head_type")) or (known.head if known else "实体")
         head = builder.entity(head, TYPES.get(kind.lower(), kind))
     value, tail_id = (entities[tail].name, tail) if tail in entities else (tail, "")
-    builder.fact(head, relation, value, tail_id, clean_cell(fields.get("id")))
+    _add_fact(entities[head], relation, value, tail_id, clean_cell(fields.get("id")), builder)
 
 
 def _read_table_row(fields: dict[str, Any], name: str, builder: GraphBuilder) -> None:

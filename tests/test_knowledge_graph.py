@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from suwen.fictional import PARTS, assign_groups, fictional_graph
-from suwen.graph_readers import is_person, load_graph
+from suwen.graph_readers import clean_cell, is_person, load_graph
 from suwen.knowledge_graph import Entity, Fact, Graph, Item, check_graph
 
 KG = sorted((Path(__file__).parents[1] / "data" / "kg").glob("*.csv"))
@@ -186,8 +186,14 @@ def test_leaflets_as_text_and_as_html_fields(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b\n1,2\n", "line 2: found the columns a, b, expected triples"),
-        ("head,relation,tail\n胃炎,,反酸\n", "line 2: found head '胃炎', relation '', tail '反酸', expected all three"),
+        ("a,b\n1,2\n", "line 2: no known columns: found the columns a, b, expected triples"),
+        ("head,relation,tail\n胃炎,,反酸\n", "found head '胃炎', relation '', tail '反酸', expected all three"),
+        ("head,relation,tail\n胃炎,,反酸\n", "bad.csv, line 2: triple without all its parts"),
+        (
+            "source,type,target\nd1,,s1\n",
+            "line 2: edge without all its parts: found 'd1', '', 's1', expected all three",
+        ),
+        ("id,name,type\nd1,,disease\n", "line 2: node without id or name: found id 'd1', name '', expected both"),
         ("source,type,target\nd1,symptom,s1\n", "line 2: unknown node 'd1', expected an id of a node table"),
     ],
 )
@@ -195,6 +201,57 @@ def test_a_bad_graph_is_answered_by_file_and_line(tmp_path, text, words):
     with pytest.raises(ValueError, match="bad.csv") as caught:
         read(tmp_path, "bad.csv", text)
     assert words in str(caught.value)
+
+
+def test_bad_rows_of_a_graph_are_counted_where_that_is_asked(tmp_path):
+    (tmp_path / "a.csv").write_text("head,relation,tail\n胃炎,症状,\n胃炎,症状,反酸\n", "utf-8")
+    (tmp_path / "b.csv").write_text("source,type,target\nd1,symptom,s1\n", "utf-8")
+    (tmp_path / "c.jsonl").write_text('{"x": 1}\n["胃炎", "症状", "反酸"]\n{broken\n', "utf-8")
+    refused = []
+    graph, _ = load_graph(sorted(tmp_path.iterdir()), lambda where, reason, row: refused.append((where, reason)))
+    assert triples(graph) == [("胃炎", "symptom", "反酸")]
+    places = (("a.csv, line 2", "triple without all its parts"), ("c.jsonl, line 1", "no known columns"))
+    places += (("c.jsonl, line 2", "wrong schema"), ("c.jsonl, line 3", "invalid JSON"))
+    places += (("b.csv, line 2", "edge with an unknown node"),)
+    assert refused == [(f"{tmp_path}/{where}", reason) for where, reason in places]
+
+
+def test_files_without_facts_are_named_with_their_first_bad_row(tmp_path):
+    (tmp_path / "b.csv").write_text("source,type,target\nd1,symptom,s1\n", "utf-8")
+    with pytest.raises(ValueError, match=r"b\.csv: no facts found, .* the first row refused: .*unknown node 'd1'"):
+        load_graph((file for file in [tmp_path / "b.csv"]), lambda *bad: None)
+
+
+def test_tags_written_as_entities_go_and_the_less_than_sign_stays():
+    assert clean_cell("&lt;p&gt;用于&lt;b&gt;头痛&lt;/b&gt;&lt;/p&gt;") == "用于头痛"
+    assert clean_cell("<i>有效</i>（p&lt;0.05，n&gt;30）") == "有效（p<0.05，n>30）"
+
+
+def test_the_edges_of_the_public_graph_of_diseases_have_relations_of_ours(tmp_path):
+    names = {"has_symptom": "symptom", "need_check": "examination", "no_eat": "food_to_avoid", "do_eat": "food"}
+    names |= {"recommand_drug": "drug", "common_drug": "drug", "acompany_with": "complication"}
+    names |= {"belongs_to": "department", "cure_department": "department"}
+    nodes = [f"v{number},值{number},词" for number in range(len(names))]
+    rows = [f"d1,{name},v{number}" for number, name in enumerate(names)]
+    nodes += ["d1,胃炎,疾病", "k1,心内科,科室", "k2,内科,科室", "p1,某药厂,药企"]
+    (tmp_path / "edges.csv").write_text(
+        "\n".join(["source,type,target", *rows, "k1,belongs_to,k2", "p1,drugs_of,v0", ""]), "utf-8"
+    )
+    (tmp_path / "nodes.csv").write_text("\n".join(["id,name,type", *nodes, ""]), "utf-8")
+    graph, left_out = load_graph(sorted(tmp_path.iterdir()))
+    assert [fact.relation for fact in graph.facts] == list(names.values())
+    assert left_out == {"relation belongs_to left aside": 1, "relation drugs_of left aside": 1}
+
+
+def test_leaflets_of_several_lines_are_read_from_a_text_file(tmp_path):
+    text = "药甲\n\n【适应症】肺炎\n  咽炎\n\n【用法用量】口服，每日3次。\n\n饭后服用。\n\n药乙\n适应证:头痛\n"
+    graph, left_out = read(tmp_path, "a.txt", text)
+    assert triples(graph) == [
+        ("药甲", "indication", "肺炎\n咽炎"),
+        ("药甲", "usage", "口服，每日3次。\n饭后服用。"),
+        ("药乙", "indication", "头痛"),
+    ]
+    assert not left_out
 
 
 def test_people_are_told_from_symptoms():

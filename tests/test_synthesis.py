@@ -828,6 +828,20 @@ def test_odd_rows_of_pairs_and_dialogues_are_counted_or_answered_in_one_line(tmp
         build_here(tmp_path / "out", "--preference", str(tmp_path / "p.jsonl"), "--on_bad_rows", "error")
 
 
+def test_bad_rows_are_counted_once_though_a_file_is_read_for_two_stages_and_those_of_a_graph_stop_no_build(tmp_path):
+    (tmp_path / "g.csv").write_text("head,relation,tail\n胃炎,症状,反酸\n胃炎,症状,\n", "utf-8")
+    write_lines(
+        tmp_path / "q.jsonl", {"question": "胃痛应该吃什么药比较好？", "answer": "先查明原因，不要自行用药。"}, {"x": 1}
+    )
+    words = ("--recipe", "chimed", "--graph", str(tmp_path / "g.csv"), "--qa", str(tmp_path / "q.jsonl"))
+    words += ("--exams", str(tmp_path / "q.jsonl"), "--num_proc", "1")
+    card = build_here(tmp_path / "out", *words)
+    assert card["refused"] == {"triple without all its parts": 1, "wrong schema": 1}
+    assert card["graph"]["facts"] == 1
+    with pytest.raises(ValueError, match=r"g\.csv, line 3: triple without all its parts"):
+        build_here(tmp_path / "out", *words, "--on_bad_rows", "error")
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     result = build("--output_dir", str(tmp_path))

@@ -178,8 +178,9 @@ def graph_entry(graph: Any, left_out: Counter[str]) -> dict[str, Any]:
 
 def prepare_graph(
     given: SourceArguments, args: BuildArguments, sources: list[Any], shares: dict[str, float]
-) -> tuple[Any, Any, Any, Counter[str]]:
-    """The graph, its source and that of the reading examples (None without a graph), and what reading left out."""
+) -> tuple[Any, Any, Any, Counter[str], list[tuple[str, str, Any]]]:
+    """The graph, its source and that of the reading examples (None without a graph), what reading left out, and the
+    rows that it refused, as (where, reason, row)."""
     from suwen.fictional import assign_groups, fictional_graph
     from suwen.graph_readers import load_graph
     from suwen.synthesis import SynthesisRules, prepare
@@ -200,16 +201,18 @@ def prepare_graph(
         source = prepare(graph, assign_groups(graph, args.seed, shares or None), rules)
         # so many entities that their facts are not met often enough to be learnt by heart
         other = fictional_graph(READING_ENTITIES * args.size, args.seed, reading=True, values_of=graph)
-        return graph, source, prepare(other, None, rules), Counter()
+        return graph, source, prepare(other, None, rules), Counter(), []
     if given.recipe == "reading":
         graph = fictional_graph(args.size, args.seed, reading=True)
         source = prepare(graph, None, rules)
-        return graph, source, source, Counter()
+        return graph, source, source, Counter(), []
     if not sources:
-        return None, None, None, Counter()
-    graph, left_out = load_graph(file for entry in sources for file in entry.files)
+        return None, None, None, Counter(), []
+    refused: list[tuple[str, str, Any]] = []
+    refuse = None if args.on_bad_rows == "error" else lambda *bad: refused.append(bad)
+    graph, left_out = load_graph((file for entry in sources for file in entry.files), refuse)
     source = prepare(graph, assign_groups(graph, args.seed, shares or {"A": 1.0}), rules)
-    return graph, source, source, left_out
+    return graph, source, source, left_out, refused
 
 
 def empty(folder: Path) -> None:
@@ -286,10 +289,12 @@ def main(argv: list[str] | None = None) -> None:
     num_proc = args.num_proc or available_cores()
 
     # The graph first, before an earlier build is removed: its files may be bad
-    graph, source, reading, left_out = prepare_graph(given, args, sources["graph"], shares_of_groups)
+    graph, source, reading, left_out, refused = prepare_graph(given, args, sources["graph"], shares_of_groups)
     folder = Path(args.output_dir)
     empty(folder)
     with DataFolder(folder, args.on_bad_rows) as out:
+        for bad in refused:
+            out.refuse(*bad)
         questions = test_questions(sources["tests"], out.refuse)
         tests = TestItems(questions) if questions else None
         cleaning = add_files(out, given.recipe, args, sources, tests, num_proc)
