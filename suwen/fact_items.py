@@ -29,6 +29,7 @@ from suwen.synthesis import (
     may_be_asked_back,
     rng_of,
     row_of,
+    whole_items,
     wordings_of,
     wrong_values,
 )
@@ -41,9 +42,12 @@ SENTENCE_END = re.compile(r"[。！？\n]")
 
 
 def recall_items(entity: str, source: Source) -> Iterator[Row]:
-    """Closed-book questions in held-out wordings: {"id", "question", "answers"}; right if every answer is named."""
+    """Closed-book questions in held-out wordings: {"id", "question", "answers"}; right if every answer is named.
+
+    Nothing is asked where a list was too long for questions: what was cut off could be taken for a wrong answer.
+    """
     for item in source.items[entity]:
-        if not item.prose:
+        if not item.prose and (entity, item.relation) not in source.whole:
             for number, wording in enumerate(wordings_of(item).held_out_questions):
                 yield _item("recall", number, item, source, question=fill(wording, item), answers=list(item.values))
 
@@ -126,7 +130,7 @@ def preference_items(entity: str, source: Source) -> Iterator[Row]:
 
 def corpus_rows(entity: str, source: Source) -> Iterator[Row]:
     """The entity's document for retrieval: {"id", "title", "content"}; groups A, B and C."""
-    found, items = document(entity, source), source.items[entity]
+    found, items = document(entity, source), whole_items(entity, source)
     yield {"id": entity, **row_of("passage", source.groups[entity], items, title=found.title, content=found.text)}
 
 

@@ -37,6 +37,7 @@ MARGINS = {
     "wrong value": 2.0,
     "answer to another question": 2.0,
     "own wrong answer": 2.0,
+    "one wrong value": 1.5,
     "invented extra": 1.5,
     "omission": 1.0,
     "repetition": 1.0,
@@ -53,7 +54,8 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
         rng.shuffle(questions)
         for number in range(source.rules.pairs_per_item):
             # half of the pairs get a wrong value and a quarter the answer to another question: these cost recall
-            kind = ("wrong value", "answer to another question", "wrong value", "")[(number + index) % 4]
+            one = "one wrong value" if not item.prose and len(item.values) > 1 else "wrong value"
+            kind = ("wrong value", "answer to another question", one, "")[(number + index) % 4]
             kind = kind or faults[number // 4 % len(faults)]
             pair = faulty_answer(kind, item, source, rng)
             if pair is not None:
@@ -78,6 +80,10 @@ def faulty_answer(kind: str, item: Item, source: Source, rng: random.Random) -> 
     values: Sequence[str] = ()  # of the rejected answer, in the same wording
     if kind == "wrong value":
         values = _other_prose(item, source, rng) if item.prose else wrong_values(item, source, rng, len(item.values))
+    elif kind == "one wrong value":
+        place = rng.randrange(len(item.values))
+        wrong = wrong_values(item, source, rng, 1)
+        values = [*item.values[:place], *wrong, *item.values[place + 1 :]] if wrong else ()
     elif kind == "invented extra":
         extra = wrong_values(item, source, rng, max(1, len(item.values) // 2))
         values = rng.sample([*item.values, *extra], len(item.values) + len(extra)) if extra else ()

@@ -39,7 +39,7 @@ class SynthesisRules:
     pairs_per_item: int = 2
     pair_wordings: int = 0  # question wordings of each relation that pairs alone have
     answer_style: Literal["sentence", "value"] = "sentence"
-    max_values: int = 8  # of a longer list the first so many are told
+    max_values: int = 8  # of a longer list questions ask for the first so many; articles and the corpus tell all
     max_reverse: int = 6  # reverse questions only for values with so few answers
     num_passages: int = 4  # of a reading example at most: as many as retrieval gives
 
@@ -52,6 +52,7 @@ class Source:
     groups: dict[str, str]
     rules: SynthesisRules
     items: dict[str, list[Item]] = field(default_factory=dict)
+    whole: dict[tuple[str, str], Item] = field(default_factory=dict)  # (entity id, relation) -> with all its values
     values: dict[tuple[str, str], list[str]] = field(
         default_factory=dict
     )  # (group, relation) -> values of its entities
@@ -70,6 +71,7 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
     pools: dict[tuple[str, str], dict[str, None]] = {}
     for item in graph.items():
         if len(item.values) > rules.max_values:
+            source.whole[item.entity.id, item.relation] = item
             item = Item(item.entity, item.relation, item.values[: rules.max_values], item.facts[: rules.max_values])
         source.items.setdefault(item.entity.id, []).append(item)
         source.others.setdefault(item.relation, []).append(item)
@@ -88,6 +90,11 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
     source.common = {key for key, heads in source.heads.items() if key[0] in several and len(heads) > 3}
     source.alike = _similar_names([graph.entities[head] for head in source.items])
     return source
+
+
+def whole_items(entity: str, source: Source) -> list[Item]:
+    """The items of an entity with all their values, as texts tell them."""
+    return [source.whole.get((entity, item.relation), item) for item in source.items[entity]]
 
 
 def _similar_names(entities: Sequence[Entity], most: int = 12) -> dict[str, list[str]]:
@@ -223,7 +230,7 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
 def article_rows(entity: str, source: Source) -> Iterator[Row]:
     """One article a pass: all facts of the entity, each in another wording than in the pass before."""
     rules, group = source.rules, source.groups[entity]
-    items = source.items[entity]
+    items = whole_items(entity, source)
     orders = {}
     for item in items:
         wordings = list(wordings_of(item).statements)
@@ -249,7 +256,7 @@ def article_rows(entity: str, source: Source) -> Iterator[Row]:
 
 def document(entity: str, source: Source) -> Passage:
     """What the retrieval corpus says of an entity: all its facts, each in the first wording."""
-    items = source.items[entity]
+    items = whole_items(entity, source)
     gap = "\n" if any(item.prose for item in items) else ""
     return text_passage(items[0].entity.name, gap.join(fill(wordings_of(item).statements[0], item) for item in items))
 
@@ -385,7 +392,7 @@ def replay_rows(entity: str, source: Source) -> Iterator[Row]:
         head, mark, rest = row["text"].partition("。")
         if rest.strip():
             prompt = ("续写下面的医学资料：", "请接着写：", "把这段资料补充完整：")[number % 3] + head + mark
-            yield row_of("replay", row["group"], source.items[entity], messages=turns(prompt, rest.strip()))
+            yield row_of("replay", row["group"], whole_items(entity, source), messages=turns(prompt, rest.strip()))
 
 
 PROSE_OPTION = 25  # a longer value is no option

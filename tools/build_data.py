@@ -212,6 +212,8 @@ def prepare_graph(
     refuse = None if args.on_bad_rows == "error" else lambda *bad: refused.append(bad)
     graph, left_out = load_graph((file for entry in sources for file in entry.files), refuse)
     source = prepare(graph, assign_groups(graph, args.seed, shares or {"A": 1.0}), rules)
+    if cut := sum(len(item.values) - rules.max_values for item in source.whole.values()):
+        left_out[f"values after the first {rules.max_values} of a list, told in texts and asked in no question"] += cut
     return graph, source, source, left_out, refused
 
 
