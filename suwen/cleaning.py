@@ -194,7 +194,7 @@ def map_texts(row: Row, change: Callable[[str], str]) -> Row:
     if "text" in row:
         return {**row, "text": change(row["text"])}
     row = dict(row)
-    for key in ("messages", "chosen", "rejected"):
+    for key in ("prompt", "messages", "chosen", "rejected"):
         if key in row:
             row[key] = [
                 {k: change(v) if k in ("content", "reasoning_content") else v for k, v in message.items()}

@@ -17,7 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from suwen.cleaning import CleaningRules, texts_of
+from suwen.benchmarks.choice import parse_choice as parse_exam
+from suwen.benchmarks.facts import parse_fact
+from suwen.benchmarks.injection import parse_choice as parse_ending
+from suwen.benchmarks.injection import parse_preference, parse_retrieved
+from suwen.cleaning import CleaningRules, map_texts, texts_of
 from suwen.data import load_rows
 from suwen.fact_items import (
     choice_items,
@@ -33,7 +37,9 @@ from suwen.mixing import Refuse, as_text, document_rows, read_rows, record_rows,
 from suwen.near_duplicates import TestItems, normal_form
 from suwen.pairs import own_answer_row, pair_rows, reading_pair_rows, scored_rows
 from suwen.parallel import batched, map_in_order
+from suwen.personal_data import find_personal_data, mask_personal_data
 from suwen.readers import Source as FileSource
+from suwen.readers import find_encoding, read_records
 from suwen.retrieval.index import build_index
 from suwen.retrieval.search import KnowledgeBase
 from suwen.synthesis import (
@@ -56,6 +62,11 @@ PARTS = {
     "fictional": ("pretrain", "sft", "exams", "preference"),
     "chimed": ("pretrain",),
     "qizhen": ("sft",),
+}
+PARSERS: dict[str, Callable[[Row], Any]] = {  # of the evaluation files, those of the tasks that ask them
+    **dict.fromkeys(("recall", "reverse_recall"), parse_fact),
+    **dict.fromkeys(("open_book", "retrieved"), parse_retrieved),
+    **{"choice": parse_ending, "preference": parse_preference, "exam": parse_exam},
 }
 ENTITIES_AT_ONCE, ROWS_AT_ONCE = 50, 2000
 
@@ -139,6 +150,17 @@ def without_tests(
                 leave_out(stage, row, "holds a test item")
             else:
                 yield stage, row
+
+
+def look_for_personal_data(
+    rows: Iterable[tuple[str, Row]], mask: bool, found: Counter[str]
+) -> Iterator[tuple[str, Row]]:
+    """All rows; personal data in those of training is counted by kind, and replaced if that is asked for."""
+    for stage, row in rows:
+        if stage in SCHEMAS and (kinds := [item.kind for text in texts_of(row) for item in find_personal_data(text)]):
+            found.update(kinds)
+            row = map_texts(row, mask_personal_data) if mask else row
+        yield stage, row
 
 
 def _beside(count: int, share: float) -> int:
@@ -271,7 +293,8 @@ class RowFile:
     """A .jsonl of rows that counts what it holds."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows, self.characters = path, 0, 0
+        self.path, self.rows, self.characters, self.duplicates = path, 0, 0, 0
+        self._known: set[int] = set()
         self.found = 0  # questions whose right passage stands beside them
         self.lengths: list[int] = []
         self.recipes: Counter[str] = Counter()
@@ -284,7 +307,10 @@ class RowFile:
         line = json.dumps({k: v for k, v in row.items() if k not in ("where", "times")}, ensure_ascii=False)
         self.stream.write((line + "\n") * times)
         self.rows += times
-        length = sum(map(len, strings_of(row)))
+        texts = tuple(strings_of(row))
+        length, key = sum(map(len, texts)), hash(texts)
+        self.duplicates += key in self._known  # copies by a weight above 1 are wanted
+        self._known.add(key)
         self.characters += times * length
         self.lengths += [length] * times
         self.recipes[row["recipe"]] += times
@@ -342,7 +368,7 @@ def stored_rows(folder: Path, stage: str) -> Iterator[Row]:
 
 
 def validate(folder: Path) -> None:
-    """Read everything back with the readers that training and retrieval use.
+    """Read everything back with the readers that training, retrieval and evaluation use.
 
     Raises:
         ValueError: the first row that they refuse.
@@ -353,6 +379,13 @@ def validate(folder: Path) -> None:
     for path, schema in sources:
         for _ in load_rows(path, schema):
             pass
+    for name, parse in PARSERS.items():
+        file = folder / "evaluation" / f"{name}.jsonl"
+        for where, row in read_records(file, find_encoding(file)) if file.is_file() else ():
+            try:
+                parse(row)
+            except BadRow as error:
+                raise ValueError(f"{where}: {error}") from None
 
 
 def write_retrieved(folder: Path, num_passages: int) -> RowFile:

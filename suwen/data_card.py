@@ -53,6 +53,7 @@ def output_entry(file: RowFile, folder: Path) -> dict[str, Any]:
     return {
         "file": str(file.path.relative_to(folder)),
         "rows": file.rows,
+        "duplicates": file.duplicates,
         "characters": file.characters,
         "length": lengths_entry(file.lengths),
         "recipes": dict(sorted(file.recipes.items())),
@@ -106,9 +107,9 @@ def render(card: dict[str, Any]) -> str:
         *(f"Passed over, of no known kind: {', '.join(names)}." for s in card["sources"] if (names := s["ignored"])),
         "## Files",
         table(
-            ("file", "rows", "characters", "median", "p95", "recipes", "groups", "sha256"),
+            ("file", "rows", "duplicates", "characters", "median", "p95", "recipes", "groups", "sha256"),
             (
-                (f["file"], f["rows"], f["characters"], f["length"]["median"], f["length"]["p95"])
+                (f["file"], f["rows"], f["duplicates"], f["characters"], f["length"]["median"], f["length"]["p95"])
                 + (counts(f["recipes"]), counts(f["groups"]), f["sha256"][:16])
                 for f in card["files"]
             ),
@@ -120,7 +121,8 @@ def render(card: dict[str, Any]) -> str:
             "## Graph",
             f"{graph['entities']:,} entities, {graph['facts']:,} facts. Inconsistencies: {graph['problems']:,}. "
             f"Left out or put right: {counts(graph['left_out'])}.",
-            table(("relation", "facts", "entities", "different values"), relations),
+            table(("relation", "facts", "entities", "different values", "training rows"), relations),
+            f"Personal data in rows made of it: {counts(graph['personal_data'])} ({card['personal_data_mode']}).",
         ]
     if card["cleaning"]:
         parts += [

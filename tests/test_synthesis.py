@@ -16,6 +16,7 @@ import pytest
 from papers import write_docx, write_pdf
 from test_cleaning import characters
 
+from suwen.composition import PARSERS, validate
 from suwen.data import load_rows
 from suwen.fact_items import (
     PLACEHOLDER,
@@ -395,6 +396,38 @@ def test_a_name_that_is_also_a_value_gives_nothing_away():
     graph = Graph({"D1": Entity("D1", "流感", "疾病"), "D2": Entity("D2", "肺炎", "疾病")}, facts)
     source = prepare(graph, {"D1": "A", "D2": "C"})
     assert not list(find_leaks([("pretrain", row) for row in article_rows("D1", source)], [], source))
+
+
+def test_the_card_counts_rows_by_relation_duplicates_and_personal_data_of_what_is_made_of_a_graph(tmp_path):
+    text = "姓名：王小明，男，因反复上腹疼痛两个月到消化内科就诊，经检查确诊，按时服药后好转。"
+    (tmp_path / "g.csv").write_text(f"name,desc,symptom\n甲型胃炎,{text},上腹痛\n乙型胃炎,,腹胀\n", "utf-8")
+    words = ("--graph", str(tmp_path / "g.csv"), "--num_proc", "1", "--passes", "16", "--replay", "0", "--reading", "0")
+    card = build_here(tmp_path / "out", *words)
+    assert card["graph"]["personal_data"]["name"] >= 16
+    rows = [
+        json.loads(line) for file in (tmp_path / "out").glob("[ps]*/*.jsonl") for line in file.open(encoding="utf-8")
+    ]
+    facts = {row["facts"][0] for row in rows if row["recipe"] == "question" and "王小明" in str(row)}
+    assert card["graph"]["relations"]["definition"]["rows"] == sum(bool(facts & set(row["facts"])) for row in rows)
+    articles = [row["text"] for row in rows if row["recipe"] == "article"]
+    (entry,) = [file for file in card["files"] if file["file"] == "pretrain/article.jsonl"]
+    assert entry["duplicates"] == len(articles) - len(set(articles)) > 0
+    masked = build_here(tmp_path / "out", *words, "--pii", "mask")
+    assert masked["graph"]["personal_data"] == card["graph"]["personal_data"]
+    assert not any("王小明" in file.read_text("utf-8") for file in (tmp_path / "out").glob("[ps]*/*.jsonl"))
+
+
+def test_every_evaluation_file_is_read_back_by_the_task_that_asks_it(tmp_path):
+    build_here(tmp_path / "out", "--recipe", "fictional", "--size", "12", "--passes", "2", "--num_proc", "1")
+    names = {file.stem for file in (tmp_path / "out" / "evaluation").glob("*.jsonl")}
+    assert names == {*PARSERS, "passage"}
+    for name in PARSERS:
+        file = tmp_path / "out" / "evaluation" / f"{name}.jsonl"
+        written = file.read_text("utf-8")
+        file.write_text(written + '{"id": "x", "recipe": "x"}\n', "utf-8")
+        with pytest.raises(ValueError, match=f"{name}.jsonl, line {written.count(chr(10)) + 1}: "):
+            validate(tmp_path / "out")
+        file.write_text(written, "utf-8")
 
 
 def test_a_build_that_gives_away_what_it_asks_ends_with_an_error(tmp_path, monkeypatch, capsys):

@@ -155,8 +155,13 @@ def parse_groups(text: str) -> dict[str, float]:
     return shares
 
 
-def graph_entry(graph: Any, left_out: Counter[str]) -> dict[str, Any]:
-    """The graph's part of the data card."""
+def graph_entry(graph: Any, left_out: Counter[str], told: Counter[str], personal: Counter[str]) -> dict[str, Any]:
+    """The graph's part of the data card.
+
+    Args:
+        told: rows of training by relation.
+        personal: personal data in rows made of the graph, by kind.
+    """
     from suwen.knowledge_graph import check_graph
 
     heads: dict[str, set[str]] = {}
@@ -168,10 +173,11 @@ def graph_entry(graph: Any, left_out: Counter[str]) -> dict[str, Any]:
         "entities": len({fact.head for fact in graph.facts}),
         "facts": len(graph.facts),
         "relations": {
-            name: {"facts": count, "entities": len(heads[name]), "values": len(values[name])}
+            name: {"facts": count, "entities": len(heads[name]), "values": len(values[name]), "rows": told[name]}
             for name, count in facts.most_common()
         },
         "left_out": dict(sorted(left_out.items())),
+        "personal_data": dict(sorted(personal.items())),
         "problems": sum(1 for _ in check_graph(graph)),
     }
 
@@ -262,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         Shares,
         given_answers,
         graph_rows,
+        look_for_personal_data,
         stored_rows,
         validate,
         with_own_answers,
@@ -294,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     graph, source, reading, left_out, refused = prepare_graph(given, args, sources["graph"], shares_of_groups)
     folder = Path(args.output_dir)
     empty(folder)
+    personal: Counter[str] = Counter()
     with DataFolder(folder, args.on_bad_rows) as out:
         for bad in refused:
             out.refuse(*bad)
@@ -309,6 +317,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows = graph_rows(source, reading, PARTS[given.recipe], shares, num_proc)
             if given.own_answers:
                 rows = with_own_answers(rows, given_answers(sources["own_answers"], out.refuse), source, out.refuse)
+            if args.pii != "off":
+                rows = look_for_personal_data(rows, args.pii == "mask", personal)
             if tests is not None:
                 rows = without_tests(rows, tests, out.leave_out)
             for stage, row in rows:
@@ -325,8 +335,15 @@ def main(argv: list[str] | None = None) -> None:
     validate(folder)
     write_exam_table(folder)
     leaks: list[Any] = []
+    told: Counter[str] = Counter()
     if source is not None:
-        training = ((stage, row) for stage in SCHEMAS for row in stored_rows(folder, stage))
+        relations = {fact.id: fact.relation for fact in graph.facts}
+
+        def count(row: dict[str, Any]) -> dict[str, Any]:
+            told.update({relations[fact] for fact in row["facts"] if fact in relations})
+            return row
+
+        training = ((stage, count(row)) for stage in SCHEMAS for row in stored_rows(folder, stage))
         items = [row for row in stored_rows(folder, "evaluation") if row["recipe"] != "passage"]
         leaks = list(find_leaks(training, items, source, reading))
     card = {
@@ -348,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
         },
     }
     if graph is not None:
-        card["graph"] = graph_entry(graph, left_out)
+        card["graph"] = graph_entry(graph, left_out, told, personal)
     write_json(folder / "data_card.json", card)
     page = render(card)
     (folder / "data_card.md").write_text(page, encoding="utf-8")
