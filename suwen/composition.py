@@ -38,8 +38,8 @@ from suwen.near_duplicates import TestItems, normal_form
 from suwen.pairs import own_answer_row, pair_rows, reading_pair_rows, scored_rows
 from suwen.parallel import batched, map_in_order
 from suwen.personal_data import find_personal_data, mask_personal_data
+from suwen.readers import Refusal, find_encoding, read_records
 from suwen.readers import Source as FileSource
-from suwen.readers import find_encoding, read_records
 from suwen.retrieval.index import build_index
 from suwen.retrieval.search import KnowledgeBase
 from suwen.synthesis import (
@@ -381,7 +381,10 @@ def validate(folder: Path) -> None:
             pass
     for name, parse in PARSERS.items():
         file = folder / "evaluation" / f"{name}.jsonl"
-        for where, row in read_records(file, find_encoding(file)) if file.is_file() else ():
+        for record in read_records(file, find_encoding(file)) if file.is_file() else ():
+            if isinstance(record, Refusal):
+                raise ValueError(record.message)
+            where, row = record
             try:
                 parse(row)
             except BadRow as error:
