@@ -1,7 +1,8 @@
 """What each stage of an experiment changed: every model on the same held-out questions, tested item by item.
 
 The folder of a graph, outputs/pipeline/seed-1, holds evaluations of `evaluation.py --tasks injection`: start, pt/eval,
-sft/eval, ... Written are comparison.json and report.html for each graph, and results.json and stages.png for all.
+sft/eval, ... Written are comparison.json and report.html for each graph, and for all of them stages.png and
+results.json: scores, all metrics with their intervals, the tests of what each stage changed, and means over the graphs.
 """
 
 from __future__ import annotations
@@ -26,24 +27,42 @@ DRAWN = {
 }  # fmt: skip
 
 
-def scores_of(comparison: dict[str, Any]) -> dict[str, list[float | None]]:
-    """The headline of each task, a number for each stage; None where a stage was not asked."""
-    found: dict[str, list[float | None]] = {}
+def metrics_of(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any] | None]]:
+    """Every metric of each task, with its interval, for each stage; None where a stage was not asked."""
+    found = {}
     for name, entry in comparison["results"][-1]["tasks"].items():
         (mode,) = entry["modes"]
         asked = [result["tasks"].get(name) for result in comparison["results"]]
-        found[name] = [one["modes"][mode]["metrics"][entry["headline"]]["value"] if one else None for one in asked]
+        found[name] = [one["modes"][mode]["metrics"] if one else None for one in asked]
     return found
 
 
-def mean_table(stages: list[str], seeds: Sequence[dict[str, list[float | None]]]) -> str:
-    """Means over the seeds, with the lowest and the highest one."""
-    rows = [[f"mean of {len(seeds)} seeds", *stages]]
+def scores_of(comparison: dict[str, Any]) -> dict[str, list[float | None]]:
+    """The headline of each task, a number for each stage; None where a stage was not asked."""
+    headlines = {name: entry["headline"] for name, entry in comparison["results"][-1]["tasks"].items()}
+    return {
+        name: [metrics[headlines[name]]["value"] if metrics else None for metrics in column]
+        for name, column in metrics_of(comparison).items()
+    }
+
+
+def means_of(seeds: Sequence[dict[str, list[float | None]]]) -> dict[str, list[dict[str, float] | None]]:
+    """Means over the seeds, with the lowest and the highest one, for each stage; None where no seed was asked."""
+    means: dict[str, list[dict[str, float] | None]] = {}
     for name in seeds[0]:
         columns = [
             [score for score in column if score is not None] for column in zip(*(s[name] for s in seeds), strict=True)
         ]
-        rows.append([name, *(f"{sum(c) / len(c):.1f} ({min(c):.1f} to {max(c):.1f})" if c else "-" for c in columns)])
+        means[name] = [{"mean": sum(c) / len(c), "lowest": min(c), "highest": max(c)} if c else None for c in columns]
+    return means
+
+
+def mean_table(stages: list[str], means: dict[str, list[dict[str, float] | None]], count: int) -> str:
+    rows = [[f"mean of {count} seeds", *stages]]
+    for name, columns in means.items():
+        rows.append(
+            [name, *(f"{c['mean']:.1f} ({c['lowest']:.1f} to {c['highest']:.1f})" if c else "-" for c in columns)]
+        )
     return table(rows)
 
 
@@ -115,10 +134,13 @@ def show(output_dir: Path, names: Sequence[str], stages: Sequence[str]) -> None:
         print(f"{seed}\n{format_overview(comparison)}\n{gain_of_retrieval(folders)}")
         seeds.append(scores_of(comparison))
         results[name] = {"stages": list(stages), "scores": seeds[-1]}
+        # the tests of each stage against the one before, and of the last one against the start
+        results[name] |= {"metrics": metrics_of(comparison), "changes": comparison["pairs"]}
+    means = means_of(seeds)
     if len(seeds) > 1:
-        print(mean_table(list(stages), seeds) + "\n")
+        print(mean_table(list(stages), means, len(seeds)) + "\n")
     draw(list(stages), seeds, output_dir / "stages.png")
-    write_json(output_dir / "results.json", {"seeds": results})
+    write_json(output_dir / "results.json", {"stages": list(stages), "means": means, "seeds": results})
     print(f"some questions, and what each stage answered ({seed}):\n{sample_answers(folders)}\n")
     pages = ", ".join(str(output_dir / name / "report.html") for name in names)
     print(f"written: {pages}, {output_dir / 'results.json'}, {output_dir / 'stages.png'}")

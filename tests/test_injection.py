@@ -150,10 +150,18 @@ def test_the_table_of_the_experiment_shows_every_stage(folder, tmp_path, capsys)
     assert table[0].split() == ["task", "mode", "score", "start", "pt"]
     assert [line.split()[0] for line in table[1:]] == list(TASK_SETS["injection"])
     assert "mean of 2 seeds" in shown and "right: " in shown
-    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["seeds"]["seed-1"]
+    written = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    found = written["seeds"]["seed-1"]
     assert found["stages"] == ["start", "pt"]
     first, second = found["scores"]["statements_A"]
     assert first == second and 0 < first < 100 and math.isfinite(first)
+    assert written["means"]["statements_A"] == [{"mean": first, "lowest": first, "highest": first}] * 2
+    recall = found["metrics"]["recall_B"][1]
+    assert recall["recall"]["value"] == found["scores"]["recall_B"][1]
+    assert all(one["low"] <= one["value"] <= one["high"] for one in (recall["recall"], recall["wrong answers"]))
+    (change,) = found["changes"]
+    assert change["first"] == "start"
+    assert {row["task"]: row["p"] for row in change["rows"]}["recall_B"] == 1, "the same model twice"
     assert (tmp_path / "stages.png").stat().st_size > 5000
     page = (seed / "report.html").read_text("utf-8")
     assert "Facts of group C: recall" in page and "http" not in page.split("<style>")[0]
