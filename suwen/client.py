@@ -166,8 +166,17 @@ def _stream_parts(endpoint: Endpoint, data: str, on_usage: Callable[[int], None]
         raise EndpointError(f"{endpoint.url}: found {data[:120]!r}, expected a part of a chat completion") from None
 
 
-def complete_chat(endpoint: Endpoint, client: httpx.Client, messages: Sequence[dict], **sampling: Any) -> Reply:
+def complete_chat(
+    endpoint: Endpoint,
+    client: httpx.Client,
+    messages: Sequence[dict],
+    before_each: Callable[[], None] = lambda: None,
+    **sampling: Any,
+) -> Reply:
     """Ask once, again where that may help: lost connections, timeouts, full servers (Retry-After is kept to).
+
+    Args:
+        before_each: called before every request, retries among them.
 
     Raises:
         EndpointError: refused for good, no answer after all retries, or an answer of another shape.
@@ -178,6 +187,7 @@ def complete_chat(endpoint: Endpoint, client: httpx.Client, messages: Sequence[d
         if attempt:
             time.sleep(min(LONGEST_WAIT, pause))
             pause = endpoint.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # not all threads at once
+        before_each()
         try:
             response = client.post(endpoint.url, json=body)
         except httpx.TransportError as error:

@@ -119,9 +119,8 @@ def play(endpoint: Endpoint, client: httpx.Client, scene: Scene, pace: Pace, **s
     treat = CLINICIAN.format(person=scene.clinician["person"], manner=scene.clinician["manner"])
 
     def speak(system: str, seen: list[dict[str, str]], turn: int) -> str | None:
-        pace.wait()
         messages = [{"role": "system", "content": system}, *seen]
-        reply = complete_chat(endpoint, client, messages, seed=(scene.seed + turn) % 2**31, **sampling)
+        reply = complete_chat(endpoint, client, messages, pace.wait, seed=(scene.seed + turn) % 2**31, **sampling)
         talk.prompt_tokens += reply.prompt_tokens
         talk.completion_tokens += reply.completion_tokens
         text = reply.content.strip()

@@ -10,6 +10,7 @@ import pytest
 from http_server import server
 from test_api import KEY, folders, serving  # noqa: F401 (a fixture)
 
+from suwen.client import Endpoint, open_client
 from suwen.data import load_rows
 from suwen.role_play import (
     CLINICIAN_KEYS,
@@ -19,6 +20,7 @@ from suwen.role_play import (
     Pace,
     draw_scenes,
     load_roles,
+    play,
 )
 from tools import build_dialogues
 
@@ -144,6 +146,24 @@ def test_requests_keep_their_pace(monkeypatch):
         pace.wait()
     assert slept == pytest.approx([0, 0.5, 1.0, 1.5])
     assert Pace(None).gap == 0
+
+
+def test_requests_that_are_sent_again_keep_the_pace_as_well():
+    waited = []
+
+    class Counted(Pace):
+        def wait(self):
+            waited.append(1)
+
+    def full_at_first(body, number):
+        return talkative(body, number) if number > 3 else (429, {}, {"error": {"message": "too many requests"}})
+
+    with server(full_at_first) as (url, seen):
+        endpoint = Endpoint(url, "m", first_wait=0.01)
+        (scene,) = draw_scenes(PATIENTS[:1], CLINICIANS[:1], 1, 2, 0)
+        with open_client(endpoint) as client:
+            assert play(endpoint, client, scene, Counted(None)).messages
+    assert len(waited) == len(seen) > 4
 
 
 def test_an_endpoint_that_refuses_ends_it_with_a_line_and_keeps_what_there_is(tmp_path):
