@@ -36,7 +36,7 @@ from suwen.knowledge_graph import Entity, Fact, Graph
 from suwen.mixing import as_text, exam_messages, record_rows
 from suwen.near_duplicates import normal_form
 from suwen.pairs import MARGINS, own_answer_row, pair_rows, reading_pair_rows, scored_rows
-from suwen.phrasings import GENERIC, PHRASINGS, PROSE, RELATIONS
+from suwen.phrasings import GENERIC, PHRASINGS, PROSE, RELATIONS, phrasings_of
 from suwen.readers import parse_sources
 from suwen.retrieval.documents import read_sections
 from suwen.retrieval.grounding import INSTRUCTION
@@ -102,12 +102,15 @@ def training(source, reading):
 # ----------------------------------------------------------------------------------------------------------- phrasings
 
 
-@pytest.mark.parametrize("name", PHRASINGS)
-def test_every_relation_has_enough_wordings_of_its_own(name):
-    found = PHRASINGS[name]
-    assert name in RELATIONS
+@pytest.mark.parametrize("prose", [False, True], ids=["terms", "prose"])
+@pytest.mark.parametrize("name", RELATIONS)
+def test_every_relation_has_enough_wordings(name, prose):
+    found = phrasings_of(name, prose)
+    assert PHRASINGS.keys() <= RELATIONS.keys()
     assert len(found.statements) >= 8 and len(found.questions) >= 6
-    assert len(found.held_out_questions) >= 3 and found.held_out_statements and len(found.answers) >= 3
+    assert (
+        len(found.held_out_questions) >= 3 and found.held_out_statements and len(found.answers) >= (1 if prose else 3)
+    )
     if found.reverse_questions:
         assert len(found.reverse_questions) >= 6 and len(found.held_out_reverse_questions) >= 2
 
@@ -805,10 +808,16 @@ def test_ids_with_dots_are_ids_like_others(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "files"),
     [
-        ("chimed", {"pretrain/article", "pretrain/qa_text", "pretrain/text", "sft/general", "pretrain/reading"}),
+        (
+            "chimed",
+            {"pretrain/article", "pretrain/qa_text", "pretrain/text", "sft/general", "pretrain/reading"}
+            | {"pretrain/exam_text", "pretrain/dialogue_text", "sft/exam", "sft/recorded_dialogue"}
+            | {"preference/given_pair"},
+        ),
         (
             "qizhen",
-            {"sft/question", "sft/qa", "sft/dialogue", "sft/general", "pretrain/text", "sft/reverse", "sft/reading"},
+            {"sft/question", "sft/qa", "sft/dialogue", "sft/general", "pretrain/text", "sft/reverse", "sft/reading"}
+            | {"sft/exam", "sft/recorded_dialogue", "sft/medical_record", "preference/given_pair"},
         ),
     ],
 )
@@ -821,7 +830,20 @@ def test_recipes_compose_the_stages_as_their_models_did(tmp_path, recipe, files)
     )
     text = tmp_path / "t.txt"
     text.write_text("慢性胃炎是胃黏膜的慢性炎症，多与幽门螺杆菌感染有关。\n", "utf-8")
+    turns = [
+        {"speaker": "患者", "sentence": "咳嗽，鼻塞三天了。", "normalized": ["咳嗽", "鼻塞"], "type": ["1", "1"]},
+        {"speaker": "医生", "sentence": "多喝水，发热时再来。", "normalized": [], "type": []},
+    ]
+    write_lines(tmp_path / "d.jsonl", {"dialogue-content": turns})
+    write_lines(
+        tmp_path / "p.jsonl", {"prompt": "胃痛怎么办？", "chosen": "先查明原因，不要自行用药。", "rejected": "吃药。"}
+    )
+    (tmp_path / "e.csv").write_text(
+        'Question,Options,Answer\n胃炎最常见的病因是下列哪一种,"A 感染\nB 外伤",A\n', "utf-8"
+    )
     words = ("--recipe", recipe, "--graph", str(ROOT / "data" / "kg"), "--qa", str(qa), "--general", str(general))
+    words += ("--exams", str(tmp_path / "e.csv"), "--dialogues", str(tmp_path / "d.jsonl"))
+    words += ("--preference", str(tmp_path / "p.jsonl"))
     result = build(
         *words, "--text", str(text), "--output_dir", str(tmp_path / "out"), "--passes", "1", "--questions", "1"
     )
