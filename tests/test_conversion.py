@@ -117,7 +117,9 @@ def test_the_names_of_the_families_are_those_of_the_flag():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_is_recognised_by_its_config_and_told_how_to_convert(family):
+def test_every_family_is_recognised_by_its_config_and_told_how_to_convert(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old one").mkdir()
     command = conversion_command(RECOGNISED[family], "old one")
     assert command == (
         "python tools/convert_checkpoint.py --model_name_or_path 'old one' --output_dir 'old one-converted'"
