@@ -41,7 +41,9 @@ DRAWING_COPIES = 3  # of the next tokens' logits: themselves, as they are filter
 POLICY_HEAD_COPIES = 6  # in PPO also the entropy's, and what autograd keeps of them
 PAIRED = ("dpo", "orpo", "rm")  # stages whose rows are pairs of answers
 SAFE_SHARE = 0.9  # of a device's free memory that a plan may take: it is within a tenth of what was measured
+DIVIDING = ("zero3", "fsdp2")  # what divides the weights between the processes
 QUANTIZED_BITS = {"8bit": 8.0, "4bit": 4 + 8 / 64 + 32 / (64 * 256), "2bit": 2 + 2 * 16 / 64}
+CODES = {"none": 0, "8bit": 8, "4bit": 4, "2bit": 2}  # of these bits, those of the weights themselves
 FRAGMENTATION = 0.05  # of all allocated bytes, on GPUs
 CONTEXT_BYTES = 600_000_000  # CUDA context and libraries' work space, a process
 
@@ -65,6 +67,19 @@ SIZES = {
 }
 
 
+def refuse_divided(quantization: str, sharding: str, flag: str = "--quantization") -> None:
+    """FSDP2 leaves NF4 weights whole on every card; all else that divides weights cannot hold quantised ones.
+
+    DeepSpeed's ZeRO-3 and transformers exclude each other where weights are quantised while they are loaded; FSDP2
+    takes the codes' classes away from int8 weights, and knows nothing of two bits.
+    """
+    if quantization != "none" and sharding in DIVIDING and (quantization, sharding) != ("4bit", "fsdp2"):
+        raise ValueError(
+            f"{flag} {quantization}: found CONFIG={sharding}, which divides weights between the processes, and"
+            " quantised ones it cannot divide; use CONFIG=ddp, or leave the flag out"
+        )
+
+
 @dataclass(frozen=True)
 class Setting:
     """What decides the memory of a step; the names are those of the stages' flags.
@@ -77,6 +92,8 @@ class Setting:
         row_tokens: of the longest row, which is what PPO draws at once; 0 where it may fill a sequence.
         trained_share: share of the tokens that have a loss.
         generation_batch: answers that a process draws at once (PPO).
+        offload: whether the optimizer, the float32 masters and ZeRO-2's and ZeRO-3's gradients are in main memory.
+        offload_weights: whether the weights are there too, and come to the card layer by layer.
         new_adapter: whether LoRA's adapter is new, so that the reference is the model without it (PPO).
         reward_bytes: of reward models beside the policy (PPO).
     """
@@ -96,6 +113,7 @@ class Setting:
     sharding: str = "none"
     num_gpus: int = 1
     offload: bool = False
+    offload_weights: bool = False
     device: str = "cuda"
     row_tokens: int = 0
     trained_share: float = 1.0
@@ -135,13 +153,20 @@ class Shape:
     key_value: int
     inner: int  # width of the MLP that one token passes
     vocabulary: int
+    readers: int  # projections of a layer that read its hidden states: queries, keys, values, gate and up
+    gated: bool  # whether the MLP has a gate beside its way up
+    layer_norms: bool  # torch's own, which keep one input, where RMSNorm keeps its steps
+    eager: bool  # attention in plain products, which keeps the scores of all pairs of tokens
+    bias_heads: int  # heads of a bias for all pairs of tokens that each layer makes and keeps
+    padded: bool  # whether rows cannot be kept apart one behind another, so that they stand side by side
 
 
-def shape_of(config: Any, target_modules: str = "all") -> Shape:
+def shape_of(config: Any, target_modules: str = "all", attn_implementation: str | None = None) -> Shape:
     """Count a model by its config, without data.
 
     Args:
         target_modules: what LoRA adapts, see `suwen.lora_targets`.
+        attn_implementation: asked for; None for the model's own.
 
     Raises:
         ValueError: a config of no causal language model, or a target that it does not have.
@@ -154,7 +179,9 @@ def shape_of(config: Any, target_modules: str = "all") -> Shape:
     text = config.get_text_config()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attn_implementation, trust_remote_code=False
+            )
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"config: {str(error).splitlines()[0]}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -178,6 +205,9 @@ def shape_of(config: Any, target_modules: str = "all") -> Shape:
             getattr(text, "n_shared_experts", 0) or 0
         )
         inner = active * one + shared
+    each = [m for layer in stacked for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    up = sum(m.out_features // inner for m in each if m.out_features % inner == 0)  # two in one where they are fused
+    down = sum(m.in_features == inner for m in each)
     return Shape(
         total=sum(p.numel() for p in model.parameters()),
         embedding=embedding.weight.numel(),
@@ -195,6 +225,13 @@ def shape_of(config: Any, target_modules: str = "all") -> Shape:
         key_value=key_value,
         inner=inner,
         vocabulary=embedding.weight.shape[0],
+        # all but those behind attention and MLP
+        readers=5 if experts else min(5, max(2, round(len(each) / len(stacked)) - 2)),
+        gated=bool(experts) or up > down,
+        layer_norms=any(isinstance(m, torch.nn.LayerNorm) for m in stacked[0].modules()),
+        eager=model.config._attn_implementation == "eager",
+        bias_heads={"baichuan": heads, "chatglm": 1}.get(text.model_type, 0),
+        padded=text.model_type in ("bloom", "chatglm"),
     )
 
 
@@ -203,22 +240,57 @@ def layer_bytes_per_token(shape: Shape, setting: Setting) -> int:
 
     h is the hidden width, q that of all queries, k of all keys, f of the MLP; e the bytes of a number in arithmetic:
 
-    - norms: their float32 input, twice h; with trained weights also the normalised input, twice h;
+    - norms: their float32 input, twice h; with trained weights also the normalised input of RMSNorm, twice h;
     - inputs of the projections: trained in float32 one for q, k, v and one for gate, up (2h); under autocast a copy for
-      each of the five (5h e); with LoRA one for q, k, v, one for the output, one for gate, up and one for the last, e,
-      and with its dropout the places that are dropped (8 bytes each), of many a mask (1 byte on a GPU, e on a CPU);
+      each of the five (5h e), or of as many as there are where some are one; with LoRA one for q, k, v, one for the
+      output, one for gate, up and one for the last, e, and with its dropout the places that are dropped (8 bytes each),
+      of many a mask (1 byte on a GPU, e on a CPU); under ZeRO-3 one and a mask for each of the seven;
     - attention: q, k, v and its result, e (2q + 2k); of short segments in bfloat16 on a CPU also the probabilities;
-    - the gated MLP: gate, its activation, up and, where the last projection is trained or adapted, their product.
+      scores or a bias for all pairs of tokens where the model keeps them, see `pair_bytes`;
+    - the gated MLP: gate, its activation, up and, where the last projection is trained or adapted, their product;
+      without a gate, up and its activation.
     """
     h, q, k, f, e = shape.hidden, shape.query, shape.key_value, shape.inner, setting.compute_bytes
-    saved = 4 * 2 * h + e * (2 * q + 2 * k) + e * 3 * f
-    if setting.device == "cpu" and setting.precision == "bf16":
+    saved = 4 * 2 * h + e * (2 * q + 2 * k) + e * (3 if shape.gated else 1) * f + pair_bytes(shape, setting)[0]
+    if setting.device == "cpu" and setting.precision == "bf16" and not (shape.eager or shape.bias_heads):
         saved += e * shape.heads * min(SHORT, setting.row_tokens or setting.tokens)
     if not setting.use_peft:
-        return saved + 4 * 2 * h + (4 * 2 * h if e == 4 else e * 5 * h) + e * f
-    p = setting.lora_dropout
-    dropped = -8 * math.log1p(-p) if p <= MOST_BY_PLACE else 1 if setting.device == "cuda" else e
-    return saved + round((e + dropped) * (2 * h + q + f))
+        normalised = 0 if shape.layer_norms else 4 * 2 * h
+        return saved + normalised + (4 * 2 * h if e == 4 else e * shape.readers * h) + e * f
+    p, masks = setting.lora_dropout, 0.0 if not setting.lora_dropout else 1.0 if setting.device == "cuda" else e
+    beside = int8_inputs(shape, setting) if p else 0  # else LoRA keeps the same tensors
+    if setting.sharding == "zero3":
+        return saved + beside + round((e + masks) * (shape.readers * h + q + f))
+    dropped = -8 * math.log1p(-p) if p <= MOST_BY_PLACE else masks
+    return saved + beside + round((e + dropped) * (2 * h + q + f))
+
+
+def int8_inputs(shape: Shape, setting: Setting) -> int:
+    """Bytes of a token's inputs of one layer's projections, which bitsandbytes keeps beside autograd in int8.
+
+    Gradient checkpointing does not see them: they stay for all layers.
+    """
+    kept = 2 * shape.hidden + shape.query + shape.inner
+    return kept * setting.compute_bytes if setting.quantization == "8bit" else 0
+
+
+def pair_bytes(shape: Shape, setting: Setting) -> tuple[int, int]:
+    """Bytes for one token in one layer that grow with the row: of its pairs with all tokens of the row, in all heads.
+
+    A row is a whole micro-batch where rows stand one behind another.
+
+    Returns:
+        What autograd saves: eager attention's probabilities in float32, and in 16 bits where that is the arithmetic;
+        or a bias of the arithmetic's precision. And what lies beside it while it is made or worked back: the scores,
+        their sum with the mask and, where they are not kept anyway, the probabilities that the layer before returned;
+        or the bias in float32 and its copy in 16 bits.
+    """
+    e, rounded = setting.compute_bytes, 2 if setting.compute_bytes == 2 else 0
+    tokens = setting.tokens if shape.padded else setting.sequence_tokens
+    if shape.eager:
+        returned = e if setting.gradient_checkpointing else 0
+        return (4 + rounded) * shape.heads * tokens, (8 + returned) * shape.heads * tokens
+    return e * shape.bias_heads * tokens, (4 + rounded) * shape.bias_heads * tokens
 
 
 @dataclass
@@ -251,29 +323,34 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
     n = setting.num_gpus
     shard_optimizer = n if setting.sharding in ("zero1", "zero2", "zero3", "fsdp2") else 1
     shard_gradients = n if setting.sharding in ("zero2", "zero3", "fsdp2") else 1
-    shard_weights = n if setting.sharding in ("zero3", "fsdp2") else 1
+    shard_weights = n if setting.sharding in DIVIDING else 1
+    kept_on_card = 0 if setting.offload_weights else 1 / shard_weights
 
     fixed: dict[str, float] = {}
     notes: list[str] = []
     if setting.use_peft:
-        fixed["frozen weights"], metadata = frozen_bytes(shape, setting)
-        fixed["frozen weights"] /= shard_weights
+        frozen, metadata = frozen_bytes(shape, setting)
+        codes = shape.linear * CODES[setting.quantization] / 8  # no engine divides them
+        fixed["frozen weights"] = codes + (frozen - codes) * kept_on_card
         fixed["quantisation constants"] = metadata
         fixed["adapters"] = trained * trained_bytes
         if setting.quantization != "none" and shape.experts:
             notes.append("experts are stacked tensors, which are not quantised: they stay in 16 bits")
     else:
-        fixed["weights"] = trained * trained_bytes / shard_weights
+        fixed["weights"] = trained * trained_bytes * kept_on_card
     if deepspeed and e == 2 and not setting.offload:
         fixed["float32 masters"] = 4 * trained / shard_optimizer
     if not setting.offload:
         fixed["optimizer"] = optimizer_bytes(setting.optim, full16 and not deepspeed) * trained / shard_optimizer
     if setting.stage == "ppo":
         if not (setting.use_peft and setting.new_adapter):
-            fixed["reference"] = trained * trained_bytes / shard_weights
+            fixed["reference"] = trained * trained_bytes * kept_on_card
         fixed["reward models"] = setting.reward_bytes
-    gathered = 2 * shape.largest_layer * e if shard_weights > 1 else 0.0
+    gathered = 2 * shape.largest_layer * e if kept_on_card < 1 else 0.0
     gradients = trained * trained_bytes / shard_gradients
+    if setting.offload and setting.sharding in ("zero2", "zero3"):  # on the card only on their way
+        widest = max(shape.largest_layer, shape.embedding, shape.head)
+        gradients = min(gradients, (trained / shape.layers if setting.use_peft else widest) * trained_bytes)
     buckets = trained * trained_bytes if setting.sharding == "ddp" and n > 1 else 0.0
     kept = setting.gradient_accumulation_steps > 1 or buckets > 0
 
@@ -287,17 +364,21 @@ def plan_memory(shape: Shape, setting: Setting) -> Plan:
     copies_in_layer = copies / shape.layers if setting.gradient_checkpointing else 0.0
     if setting.gradient_checkpointing:
         copies = 0.0
-    stored = shape.layers * (residual if setting.gradient_checkpointing else layer)
+    stored = shape.layers * (
+        residual + tokens * int8_inputs(shape, setting) if setting.gradient_checkpointing else layer
+    )
     head = head_bytes(shape, setting)
     # Gradients that flow through the widest place of a layer while it is worked back; where LoRA's third one comes, the
     # input of the last projection is gone
     flowing = tokens * ((2 if setting.use_peft else 3) * shape.inner * e + 2 * shape.hidden * 4)
+    # While scores or a bias are made nothing of the layer's MLP is there
+    pairs = tokens * (pair_bytes(shape, setting)[1] - (3 if shape.gated else 2) * shape.inner * e)
     dequantised = shape.largest * e if setting.quantization != "none" else 0.0
 
     during = gradients if kept else 0.0
     one = layer if setting.gradient_checkpointing else 0.0
     backwards = {"gradients": during, "activations": stored + one, "16-bit copies of weights": copies + copies_in_layer}
-    backwards["work space of a layer"] = flowing + dequantised
+    backwards["work space of a layer"] = max(flowing, pairs) + dequantised
     moments = {
         "start of the backward pass": {
             "gradients": during,
@@ -325,7 +406,7 @@ def frozen_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
     if setting.quantization == "none":
         return float(shape.total * e), 0.0
     bits = QUANTIZED_BITS[setting.quantization]
-    codes = {"8bit": 8.0, "4bit": 4.0, "2bit": 2.0}[setting.quantization]
+    codes = CODES[setting.quantization]
     constants = shape.linear * (bits - codes) / 8 + (4.0 * shape.rows if setting.quantization == "8bit" else 0.0)
     return shape.linear * codes / 8 + (shape.total - shape.linear) * e, constants
 
@@ -402,8 +483,8 @@ def batch_field(setting: Setting) -> tuple[str, str]:
     return "batch", "per_device_train_batch_size"
 
 
-def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Settings that need less, each with the flags that give it, from what costs least in speed and quality."""
+def possible_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Settings that run, each with the flags that give it, from what costs least in speed and quality."""
     change = dataclasses.replace
     said: list[str] = []
     if not setting.gradient_checkpointing:
@@ -421,25 +502,42 @@ def cheaper_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
             said.append(f"--gradient_accumulation_steps {more['gradient_accumulation_steps']}")
         setting = change(setting, **{field_name: size}, **more)
         yield " ".join(said), setting
-    if setting.num_gpus > 1:
-        for sharding in ("zero2", "zero3"):
-            if setting.quantization == "none" and setting.sharding in ("none", "ddp", "zero1", "zero2"):
-                yield " ".join([f"CONFIG={sharding}", *said]), change(setting, sharding=sharding)
+    divides = setting.num_gpus > 1 and setting.sharding not in DIVIDING and setting.quantization == "none"
+    for sharding in [name for name in ("zero2", "zero3") if divides and name != setting.sharding]:
+        yield " ".join([f"CONFIG={sharding}", *said]), change(setting, sharding=sharding)
     if not setting.use_peft:
         if setting.precision == "bf16":
             yield " ".join([*said, "--pure_bf16 True"]), change(setting, pure_bf16=True)
-        setting = change(setting, use_peft=True)
+        setting = change(setting, use_peft=True, pure_bf16=False)
         said.append("--use_peft True")
         yield " ".join(said), setting
-    for kind in ("8bit", "4bit"):
-        if setting.quantization == "none" or (setting.quantization, kind) == ("8bit", "4bit"):
-            yield " ".join([*said, f"--quantization {kind}"]), change(setting, quantization=kind)
+        if divides:
+            yield " ".join(["CONFIG=zero3", *said]), change(setting, sharding="zero3")
+    # Quantised weights are whole on every card
+    whole = ["CONFIG=ddp"] if setting.sharding in DIVIDING or setting.offload_weights else []
+    quantised = change(setting, sharding="ddp", offload=False, offload_weights=False) if whole else setting
+    kinds = [*QUANTIZED_BITS]
+    for kind in kinds[kinds.index(setting.quantization) + 1 :] if setting.quantization in kinds else kinds:
+        yield " ".join([*whole, *said, f"--quantization {kind}"]), change(quantised, quantization=kind)
+    if setting.device == "cuda" and setting.stage != "ppo":
+        back = ["--quantization none"] if setting.quantization != "none" else []
+        last = change(setting, sharding="zero3", offload=True, offload_weights=True, quantization="none")
+        yield " ".join(["CONFIG=zero3_offload", *said, *back]), last
 
 
-def smaller_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def cheaper_settings(shape: Shape, setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Those of the settings that run which need less than all before them."""
+    least = plan_memory(shape, setting).total
+    for flags, cheaper in possible_settings(setting):
+        if (total := plan_memory(shape, cheaper).total) < least:
+            yield flags, cheaper
+            least = total
+
+
+def smaller_settings(shape: Shape, setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Cheaper settings, then rows of half the tokens, again and again, under the cheapest of them."""
     said, last = "", setting
-    for said, last in cheaper_settings(setting):
+    for said, last in cheaper_settings(shape, setting):
         yield said, last
     tokens = setting.tokens // 2
     while tokens >= 64:
@@ -468,11 +566,19 @@ def advise(shape: Shape, setting: Setting, capacity: float) -> str:
     size = f"{capacity / 1e9:g} GB" if capacity % 1e8 == 0 else amount(capacity)
     if plan_memory(shape, setting).total <= capacity:
         return f"fits into {size}; largest --{batch_field(setting)[1]} {largest_batch(shape, setting, capacity)}"
-    for flags, cheaper in smaller_settings(setting):
+    for flags, cheaper in smaller_settings(shape, setting):
         if (total := plan_memory(shape, cheaper).total) <= capacity:
             batch = largest_batch(shape, cheaper, capacity)
-            return f"does not fit into {size}; fits with {flags}: {total / 1e9:.2f} GB, batch up to {batch}"
+            host = f", {amount(host_bytes(shape, cheaper))} in main memory" if cheaper.offload else ""
+            return f"does not fit into {size}; fits with {flags}: {total / 1e9:.2f} GB, batch up to {batch}{host}"
     return f"does not fit into {size} with any setting; more cards or a smaller model"
+
+
+def host_bytes(shape: Shape, setting: Setting) -> float:
+    """What all processes together keep in main memory: float32 masters, moments and gradients, and weights if asked."""
+    trained = shape.lora_features * setting.lora_rank if setting.use_peft else shape.total
+    state = (4 + 4 + optimizer_bytes(setting.optim, False)) * trained
+    return float(state + (shape.total * setting.compute_bytes if setting.offload_weights else 0))
 
 
 def out_of_memory_advice(outlook: Outlook) -> str:
@@ -486,7 +592,7 @@ def out_of_memory_advice(outlook: Outlook) -> str:
     limit = min(SAFE_SHARE * outlook.capacity, 0.9 * plan.total)
     largest = ", ".join(f"{name} {amount(size)}" for name, size in list(plan.parts.items())[:2])
     found = f"planned {amount(plan.total)} ({largest}) of {amount(outlook.capacity)} {outlook.where}"
-    for flags, cheaper in smaller_settings(setting):
+    for flags, cheaper in smaller_settings(shape, setting):
         total = plan_memory(shape, cheaper).total
         if total <= limit:
             return f"{found}; {flags} needs {amount(total)}, {amount(plan.total - total)} less"

@@ -95,16 +95,18 @@ def cgroup_limits(free: bool, root: str = "/sys/fs/cgroup", own: str = "/proc/se
 # What is planned
 
 
-def sharding_of(library: dict[str, Any]) -> tuple[str, bool]:
-    """How the processes share the work, as the launcher and --deepspeed set it; whether the optimizer is offloaded."""
+def sharding_of(library: dict[str, Any]) -> tuple[str, bool, bool]:
+    """How the processes share the work, as the launcher and --deepspeed set it; whether the optimizer, and whether the
+    weights, are offloaded."""
     file = library.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         zero = read_json(Path(str(file))).get("zero_optimization", {}) if file else {}
         stage = zero.get("stage") or int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        return f"zero{stage}", zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        there = [zero.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")]
+        return f"zero{stage}", there[0], there[1]
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return "fsdp2", False
-    return ("ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "none"), False
+        return "fsdp2", False, False
+    return ("ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "none"), False, False
 
 
 def outlook(args: StageArguments, values: dict[str, Any], precision: str, start: str, cpu: bool) -> Outlook:
@@ -118,9 +120,10 @@ def outlook(args: StageArguments, values: dict[str, Any], precision: str, start:
     """
     goes_on = is_adapter_dir(start) and args.model.quantization != "none"
     rank = read_json(Path(start) / "adapter_config.json").get("r", 8) if goes_on else args.lora.lora_rank
-    sharding, offload = sharding_of(values)
+    sharding, offload, offload_weights = sharding_of(values)
     adapts = args.lora.use_peft and not goes_on
-    shape = shape_of(load_config(start), args.lora.target_modules if adapts else "all")
+    targets = args.lora.target_modules if adapts else "all"
+    shape = shape_of(load_config(start), targets, args.model.attn_implementation)
     setting = Setting(
         stage=args.stage,
         use_peft=args.lora.use_peft,
@@ -137,6 +140,7 @@ def outlook(args: StageArguments, values: dict[str, Any], precision: str, start:
         sharding=sharding,
         num_gpus=int(os.environ.get("WORLD_SIZE", "1")),
         offload=offload,
+        offload_weights=offload_weights,
         device="cpu" if cpu else "cuda",
         generation_batch=getattr(args.own, "generation_batch_size", 32),
         new_adapter=not goes_on,
@@ -166,7 +170,8 @@ def with_data(plan: Outlook, data: PreparedData, packing: bool, answer: int = 0)
     """The same plan for the longest sequence of the data; packs are full where there is enough to fill one."""
     lengths = row_lengths(data.train, answer)
     longest = int(lengths.max())
-    tokens = max(longest, min(plan.setting.tokens, int(lengths.sum()))) if packing else longest
+    packed = packing and not plan.shape.padded
+    tokens = max(longest, min(plan.setting.tokens, int(lengths.sum()))) if packed else longest
     if plan.setting.stage in PAIRED:
         tokens = -(-tokens // 2)
     report = data.report

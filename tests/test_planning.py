@@ -154,12 +154,13 @@ def test_main_memory_is_what_linux_says_and_processes_share_it(tmp_path, monkeyp
 def test_sharding_is_read_from_the_launcher_and_from_a_deepspeed_file(tmp_path, monkeypatch):
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert planning.sharding_of({}) == ("none", False)
+    assert planning.sharding_of({}) == ("none", False, False)
     root = Path(__file__).parents[1] / "configs"
-    assert planning.sharding_of({"deepspeed": str(root / "zero2.json")}) == ("zero2", False)
-    assert planning.sharding_of({"deepspeed": str(root / "zero3_offload.json")}) == ("zero3", True)
+    assert planning.sharding_of({"deepspeed": str(root / "zero2.json")}) == ("zero2", False, False)
+    assert planning.sharding_of({"deepspeed": str(root / "zero2_offload.json")}) == ("zero2", True, False)
+    assert planning.sharding_of({"deepspeed": str(root / "zero3_offload.json")}) == ("zero3", True, True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert planning.sharding_of({}) == ("fsdp2", False)
+    assert planning.sharding_of({}) == ("fsdp2", False, False)
 
 
 # Advice
@@ -190,7 +191,9 @@ def test_advice_after_running_out_of_memory_names_flags_that_save_what_it_says(t
 
 
 def test_there_is_always_advice_and_it_never_grows():
-    totals = [plan_memory(SHAPE, setting).total for _, setting in smaller_settings(Setting(batch=3, tokens=4096))]
+    totals = [
+        plan_memory(SHAPE, setting).total for _, setting in smaller_settings(SHAPE, Setting(batch=3, tokens=4096))
+    ]
     assert totals[-1] == min(totals)
     assert "take a smaller model" in out_of_memory_advice(plan(1.0))
     for stage in ("pt", "dpo", "rm", "orpo", "ppo"):

@@ -45,7 +45,7 @@ class PlanArguments:
     optim: str = flag("adamw_torch", "adamw_torch, adamw_bnb_8bit or sgd")
     sharding: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = flag("none", "between the GPUs")
     num_gpus: int = flag(1, "cards")
-    offload: bool = flag(False, "optimizer and float32 masters in the host's memory (ZeRO)")
+    offload: bool = flag(False, "CONFIG=zero..._offload: the optimizer in main memory, under zero3 the weights too")
     device: Literal["cuda", "cpu"] = flag("cuda", "where the training runs")
 
 
@@ -147,11 +147,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.gpu_memory is not None and args.gpu_memory <= 0:
         raise ValueError(f"--gpu_memory: found {args.gpu_memory:g}, expected GB of one card, such as 24")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from suwen.memory import Setting, advise, describe, frozen_bytes, plan_memory, shape_of
+    from suwen.memory import Setting, advise, describe, frozen_bytes, plan_memory, refuse_divided, shape_of
 
+    refuse_divided(args.quantization, args.sharding)
     names = {field.name for field in dataclasses.fields(Setting)}
     values = {name: value for name, value in vars(args).items() if name in names}
     values |= {"tokens": args.max_length, "batch": args.per_device_train_batch_size}
+    values["offload_weights"] = args.offload and args.sharding == "zero3"  # as in configs/zero3_offload.json
     if args.table:
         print_table(values | {"gradient_accumulation_steps": 1, "quantization": "none", "use_peft": False})
         return
