@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -225,10 +227,6 @@ def load_base(
         init_reward_head(model.score)
     keep_nf4_as_it_is(model)
     if quantization == "2bit":
-        if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            raise ValueError(
-                "--quantization 2bit: not with weights spread over processes (ZeRO-3, FSDP); use CONFIG=ddp"
-            )
         before = None if reward else probe_loss(model, path)
         report = model.two_bit_report = two_bit.quantize_model(model, device)
         if before is not None:
@@ -411,6 +409,23 @@ def compute_precision(library: dict[str, Any]) -> str:
     if torch.cuda.is_available() and not library.get("use_cpu"):
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def takes_shifted_attention(config: Any) -> bool:
+    """Whether a model's attention can be replaced by one that its rotary positions fit."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(model_class, "_supports_attention_backend", False) and positions_of(config))
+
+
+def refuse_flags(config: Any, model_args: Any, max_length: int) -> None:
+    """Refuse, before a weight is loaded, what a model of this config cannot have."""
+    if model_args.rope_scaling:
+        scale_rope(copy.deepcopy(config), model_args.rope_scaling, max_length)
+    if model_args.shift_attn and not takes_shifted_attention(config):
+        raise ValueError(
+            f"--shift_attn: model type {config.model_type!r} cannot have it (its attention cannot be replaced, or it"
+            " has no rotary positions); leave it out"
+        )
 
 
 def load_for_training(

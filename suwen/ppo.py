@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from peft import get_peft_model
 from transformers import Trainer, get_scheduler, set_seed
 
@@ -114,8 +114,6 @@ class PolicyTrainer:
             log_with=[name for name in args.report_to if name != "none"] or None,
             project_dir=os.environ.get("TENSORBOARD_LOGGING_DIR", args.output_dir),
         )
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("CONFIG=fsdp2: answers cannot be drawn from weights that FSDP spreads; use zero2 or zero3")
         self.is_deepspeed_enabled = args.deepspeed_plugin is not None
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         if not pure_bf16 and not self.is_deepspeed_enabled:

@@ -22,7 +22,8 @@ from suwen.data import changed_files
 from suwen.generation import window_of
 from suwen.lineage import describe_lineage, find_start, is_adapter_dir, read_json
 from suwen.locking import hold, refuse_abandoned_builds
-from suwen.models import compute_precision, load_config, positions_of, without_adapter
+from suwen.memory import refuse_divided
+from suwen.models import compute_precision, load_config, positions_of, refuse_flags, without_adapter
 from suwen.nonfinite import require_finite_weights
 from suwen.preflight import require_same_data
 from suwen.probe import packing_problem
@@ -115,7 +116,14 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
     say(f"start: {start} (from {why}); precision {precision}")
     if is_adapter_dir(start) and args.model.quantization != "none":
         say("its adapter goes on training as it is: --lora_rank, --target_modules and the like have no effect")
-    window = window_of(load_config(start))
+    sharding, *_ = planning.sharding_of(library)
+    refuse_divided(args.model.quantization, sharding)
+    if args.stage == "ppo":
+        refuse_divided(args.own.reward_quantization, sharding, "--reward_quantization")
+        if sharding == "fsdp2":
+            raise ValueError("CONFIG=fsdp2: answers cannot be drawn from weights that FSDP spreads; use zero2 or zero3")
+    config = load_config(start)
+    window = window_of(config)
     if args.data.max_length == "auto":
         args.data.max_length = automatic_length(args, library, precision, start, window)
     length = args.data.max_length = args.data.max_length or min(1024, window or 1024)
@@ -123,6 +131,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         raise ValueError(
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
+    refuse_flags(config, args.model, length)
     return start, precision, length
 
 
@@ -265,8 +274,6 @@ def choose_packing(
             problem = packing_problem(model, len(tokenizer), config, pairs)
         except (ValueError, NotImplementedError) as error:
             problem = first_line(error)
-    if args.model.shift_attn and not (base._supports_attention_backend and positions_of(base.config)):
-        problem = "its attention cannot be replaced, or it has no rotary positions"  # the probe may not notice
     if problem and args.model.shift_attn:
         raise ValueError(
             f"--shift_attn: model type {base.config.model_type!r} cannot have it ({problem}); leave it out"

@@ -1,19 +1,25 @@
 """A stage's plan before it runs: what a dry run says, what `auto` takes, and where the memory is read from."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
+from processes import CONFIGS
 from test_memory import SHAPE
 from test_stages import SCRIPTS as STAGES
 from test_stages import arguments, base, run_stage  # noqa: F401  (base is a fixture)
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MixtralConfig
 
 import ppo_training
 from suwen import planning
+from suwen.architectures.baichuan import BaichuanConfig
+from suwen.architectures.chatglm import ChatGLMConfig
 from suwen.arguments import parse_library_flags, parse_stage_arguments
 from suwen.memory import SAFE_SHARE, Outlook, Setting, out_of_memory_advice, plan_memory, smaller_settings
+from suwen.stage import COMMON, begin
 from tools import plan_memory as tool
 
 SCRIPTS = {**STAGES, "ppo": ppo_training}
@@ -80,6 +86,59 @@ def test_a_dry_run_refuses_bad_flags_and_goes_on_without_a_plan(base, tmp_path, 
     STAGES["sft"].main(arguments("sft", base, tmp_path, "--dry_run", "--max_length", "auto"))
     said = capsys.readouterr().out
     assert "no memory plan: hidden_size" in said and "optimiser steps over" in said
+
+
+# Every combination of flags
+
+SMALL = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=96, max_position_embeddings=64),
+    "mixtral": MixtralConfig(**SMALL, intermediate_size=96, max_position_embeddings=64, num_key_value_heads=2,
+                             num_local_experts=2),
+    "bloom": BloomConfig(**SMALL, seq_length=64),
+    "baichuan-13b": BaichuanConfig(**SMALL, intermediate_size=96, model_max_length=64),
+    "chatglm-6b": ChatGLMConfig(**SMALL, inner_hidden_size=96, max_sequence_length=64),
+}  # fmt: skip
+ENGINES = {
+    "one GPU": {},
+    "ddp": {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGS / "zero2.json")},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGS / "zero3.json")},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+}
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_combination_of_flags_gives_a_plan_or_one_line_that_names_the_flag(family, engine, tmp_path, monkeypatch):
+    """What a stage does before it loads a model, for all of these flags."""
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    for name, value in ENGINES[engine].items():
+        monkeypatch.setenv(name, value)
+    rotary = family in ("llama", "mixtral")
+    kinds, scalings = ("none", "8bit", "4bit", "2bit"), (None, "linear", "yarn")
+    for kind, peft, rope, shift in itertools.product(kinds, (False, True), scalings, (False, True)):
+        given = {"--quantization": kind != "none", "--rope_scaling": bool(rope), "--shift_attn": shift}
+        words = ["--model_name_or_path", str(tmp_path), "--train_file_dir", "none", "--dry_run", "--bf16", "False"]
+        words += ["--max_length", "128" if rope else "64", "--use_peft", str(peft), "--quantization", kind]
+        words += [*(["--rope_scaling", rope] if rope else []), "--shift_attn", str(shift)]
+        refused = {
+            "--quantization": not peft or engine == "zero3" or (engine == "fsdp2" and kind != "4bit"),
+            "--rope_scaling": not rotary,
+            "--shift_attn": not rotary,
+        }
+        expected = [name for name in given if given[name] and refused[name]]
+        try:
+            args = parse_stage_arguments(words, "sft", "", {})
+            library = parse_library_flags(args)
+            start, precision, _ = begin(args, library)
+            values = {**COMMON, "gradient_checkpointing": True, **library}
+            found = planning.outlook(args, values, precision, start, cpu=True)
+        except ValueError as error:
+            assert "\n" not in str(error) and expected and str(error).startswith(expected[0]), (words, error)
+        else:
+            assert not expected and found.total() > 0, words
 
 
 # What auto takes

@@ -114,10 +114,6 @@ def test_an_adapter_learns_on_two_bits_goes_on_and_is_merged_as_it_was_trained(b
 
 
 @pytest.mark.training
-def test_two_bits_are_refused_where_weights_are_spread_and_without_an_adapter(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="--quantization 2bit: not with weights spread over processes"):
-        load_base(base, torch.float32, "2bit", device="cpu")
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+def test_two_bits_are_refused_without_an_adapter():
     with pytest.raises(ValueError, match="quantised weights cannot be trained, add --use_peft True"):
         supervised_finetuning.main(["--quantization", "2bit", "--train_file_dir", "data/sft"])
