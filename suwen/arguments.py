@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import sys
 import time
 import types
@@ -442,10 +443,21 @@ def parse_or_word(kind: type, words: tuple[str, ...], text: str) -> Any:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}") from None
 
 
+NEITHER_TRAINED_NOR_WRITTEN = {
+    "gptq": "gptqmodel needs a newer torch than is pinned; expected 8bit or 4bit (in training also 2bit)",
+    "awq": "autoawq is no longer kept up; expected 8bit or 4bit (in training also 2bit)",
+    "gguf": "its package knows no models; train with 4bit, merge, and give the folder to llama.cpp's "
+    "convert_hf_to_gguf.py",
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose mistakes are a ValueError of one line instead of a usage page."""
 
     def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument (--\w*quantization): invalid choice: '(\w+)'", message)
+        if found and (reason := NEITHER_TRAINED_NOR_WRITTEN.get(found[2].lower())):
+            raise ValueError(f"{found[1]}: found {found[2]}, which is neither trained nor exported here: {reason}")
         raise ValueError(message.removeprefix("argument "))
 
 

@@ -77,6 +77,9 @@ def test_an_old_flag_without_equivalent_is_refused_with_what_to_do(words, expect
     ("words", "expected"),
     [
         (["--quantization", "3bit"], "--quantization.*3bit"),
+        (["--quantization", "gptq"], "^--quantization: found gptq, which is neither trained nor exported.*newer torch"),
+        (["--quantization", "awq"], "^--quantization: found awq, .*no longer kept up; expected 8bit or 4bit"),
+        (["--quantization=GGUF"], "^--quantization: found GGUF, .*convert_hf_to_gguf"),
         (["--quantization", "4bit"], "--use_peft"),
         (["--packing", "maybe"], "--packing.*maybe.*True or False"),
         (["--max_length", "x"], "--max_length"),
