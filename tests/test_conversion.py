@@ -711,6 +711,26 @@ def test_every_tensor_of_every_family_has_exactly_one_rule():
         assert find_rule(FAMILIES[name], "model.layers.x.mlp.gate_proj.weight") is None
 
 
+def test_the_tool_reads_the_sample_and_keeps_to_the_shard_size(tmp_path, monkeypatch, capsys):
+    write_original(tmp_path / "old", "baichuan-7b")
+    (tmp_path / "old" / "tokenizer.model").write_bytes(train_sentencepiece())
+    sample = tmp_path / "sample.txt"
+    sample.write_text("头痛三天，伴恶心。\n无发热。\n咳嗽。\n", encoding="utf-8")
+    common = ["--model_name_or_path", str(tmp_path / "old"), "--family", "baichuan-7b"]
+
+    def agreeing(name: str, *more: str) -> int:
+        convert_tool.main([*common, "--output_dir", str(tmp_path / name), *more])
+        return int(re.search(r"(\d+) lines agree", capsys.readouterr().out)[1])
+
+    plain = agreeing("plain")
+    assert agreeing("tried", "--sample_file", str(sample), "--max_shard_size", "0.1MB") == plain + 3
+    assert len(list((tmp_path / "plain").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "tried").glob("*.safetensors"))) > 3
+    sample.write_bytes("高血压".encode("gbk"))
+    with pytest.raises(ValueError, match="--sample_file .*sample.txt: .* expected UTF-8 text"):
+        agreeing("new", "--sample_file", str(sample))
+
+
 def test_the_tool_answers_mistakes_in_one_line(tmp_path):
     def call(*words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "tools/convert_checkpoint.py", *words]

@@ -76,11 +76,31 @@ def test_an_export_is_neither_quantised_again_nor_trained_nor_overwritten(base, 
         export(base, out)
 
 
+def test_the_texts_and_the_size_of_the_files_are_those_asked_for(base, tmp_path):
+    own = tmp_path / "texts"
+    own.mkdir()
+    (own / "general_text.txt").write_text("山高水长，云淡风轻。\n", encoding="utf-8")
+    measured = []
+    for name, more in (("own", ["--data_dir", str(own), "--max_shard_size", "0.1MB"]), ("given", [])):
+        export(base, tmp_path / name, "--tasks", "general_text", *more)
+        measured.append(json.loads((tmp_path / name / "quantization.json").read_text())["before"])
+    assert measured[0] != measured[1]
+    files = sorted((tmp_path / "own").glob("*.safetensors"))
+    assert len(files) > 1 and len(list((tmp_path / "given").glob("*.safetensors"))) == 1
+    index = json.loads((tmp_path / "own" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    ids = torch.arange(5, 25)[None]
+    one, other = (load_causal_lm(str(tmp_path / name), device="cpu").eval() for name in ("own", "given"))
+    assert torch.equal(one(ids).logits, other(ids).logits)
+
+
 def test_mistakes_are_told_before_the_model_is_loaded(base, tmp_path):
     with pytest.raises(ValueError, match="--output_dir: found nothing"):
         quantize_model.main(["--model_name_or_path", base])
     with pytest.raises(ValueError, match="--tasks huatuo: is not scored by likelihood"):
         export(base, tmp_path / "x", "--tasks", "huatuo")
+    with pytest.raises(ValueError, match="--max_shard_size: found 'small', expected a size such as 500MB"):
+        export(base, tmp_path / "x", "--max_shard_size", "small")
     with pytest.raises(ValueError, match="invalid choice: '2bit'"):
         export(base, tmp_path / "x", "--quantization", "2bit")
     (tmp_path / "lora").mkdir()

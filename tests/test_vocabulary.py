@@ -226,6 +226,39 @@ def test_a_vocabulary_as_it_was_asks_for_no_trained_rows(tmp_path):
     assert trainable_token_indices(tiny_model(tiny_tokenizer()), tmp_path) is None
 
 
+def test_each_flag_of_the_tool_has_its_effect(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    tokenizer = tiny_tokenizer(CONTROL)
+    tokenizer.save_pretrained(tmp_path / "old")
+    tiny_model(tokenizer).save_pretrained(tmp_path / "old")
+    texts = [text.replace("\n", " ") for text in TEXTS[:200]]
+    for name, lines in (("learn", texts), ("judge", [text for text in HELD_OUT if text.strip()][:7])):
+        rows = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+    def extend(name: str, *words: str) -> tuple[set[str], dict, str]:
+        common = f"--model_name_or_path {tmp_path}/old --train_file_dir {tmp_path}/learn.jsonl --num_new_tokens 40"
+        extend_vocabulary.main([*common.split(), "--output_dir", str(tmp_path / name), *words])
+        record = json.loads((tmp_path / name / "vocabulary.json").read_text())
+        return set(record["new_tokens"]), record, capsys.readouterr().out
+
+    plain, _, _ = extend("plain", "--min_frequency", "3")
+    short, record, said = extend(
+        "short", "--min_frequency", "3", "--longest", "2", "--validation_file_dir", str(tmp_path / "judge.jsonl")
+    )
+    assert max(map(len, plain)) > 2 >= max(map(len, short))
+    assert "held-out text: 7 texts" in said
+    few, _, said = extend("few", "--min_frequency", "3", "--max_characters", "2000")
+    assert few != plain and "note: text beyond 2,000 characters is not read (--max_characters)" in said
+    (tmp_path / "words.model").write_bytes(sentencepiece_model())
+    taken, _, _ = extend("taken", "--min_frequency", "100000", "--words_file", str(tmp_path / "words.model"))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    known = {processor.id_to_piece(i) for i in range(processor.get_piece_size())}
+    assert taken and {word for word in taken if len(sub_tokens(tokenizer, word)) > 1} & known
+    with pytest.raises(ValueError, match="--words_file .*none.model: "):
+        extend("none", "--words_file", str(tmp_path / "none.model"))
+
+
 def test_the_tool_writes_a_model_whose_new_words_are_single_tokens(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer(CONTROL)
     tokenizer.save_pretrained(tmp_path / "old")

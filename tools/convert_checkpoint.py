@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from suwen.conversion.convert import convert_checkpoint, convert_lora
 
-    lines = Path(args.sample_file).read_text(encoding="utf-8").splitlines() if args.sample_file else []
+    try:
+        lines = Path(args.sample_file).read_text(encoding="utf-8").splitlines() if args.sample_file else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--sample_file {args.sample_file}: {error}, expected UTF-8 text") from None
     if args.base_model:
         convert_lora(args.model_name_or_path, args.base_model, args.output_dir, lines)
         return

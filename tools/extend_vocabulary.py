@@ -68,7 +68,10 @@ def read_words(path: str | None) -> list[str]:
     if path is None:
         return []
     if path.endswith(".model"):
-        return [piece.piece for piece in read_proto(Path(path)).pieces if HAN_RUN.fullmatch(piece.piece)]
+        try:
+            return [piece.piece for piece in read_proto(Path(path)).pieces if HAN_RUN.fullmatch(piece.piece)]
+        except ValueError as error:
+            raise ValueError(f"--words_file {error}") from None
     try:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:

@@ -53,13 +53,14 @@ def main(argv: list[str] | None = None) -> None:
 def export(args: QuantizeArguments) -> dict[str, Any]:
     """Measure, quantise, save, read back, measure again; nothing is left behind where one of these fails."""
     from suwen.adapters import check_output_dir
-    from suwen.conversion.convert import publish
+    from suwen.conversion.convert import parse_size, publish
     from suwen.evaluate import find_task_files, parse_tasks
     from suwen.lineage import is_adapter_dir, weights_fingerprint
     from suwen.memory import amount
     from suwen.models import load_config, load_tokenizer
     from suwen.records import versions, write_json
 
+    parse_size(args.max_shard_size)  # a mistake in it is told now, not at the end
     source = args.model_name_or_path
     if Path(source).is_dir() and is_adapter_dir(source):
         raise ValueError(f"--model_name_or_path {source}: is a LoRA folder; merge it first with merge_peft_adapter.py")
