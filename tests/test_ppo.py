@@ -411,6 +411,24 @@ def test_a_reward_model_of_another_tokenizer_scores_answers_and_starts_the_criti
         )
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit", "2bit"])
+def test_a_reward_model_is_loaded_in_the_bits_that_are_asked_for(quantization, base, tmp_path, monkeypatch):
+    folder = reward_model_folder(tmp_path / "rm")
+    begun = []
+    monkeypatch.setattr(
+        PolicyTrainer, "draw", lambda self, step, draw=PolicyTrainer.draw: begun.append(draw(self, step)) or begun[-1]
+    )
+    words = ["--reward", f"model:{folder}=1.0", "--reward_quantization", quantization, "--max_steps", "1", "--do_train"]
+    run_ppo(base, tmp_path, *words)
+    [rollout] = begun
+    rows = [[*sample.messages, {"role": "assistant", "content": sample.answer.content}] for sample in rollout.samples]
+    whole, found = (load_reward_model(folder, kind) for kind in ("none", quantization))
+    name = f"model:{folder}"
+    scores = rollout.scores[name].tolist()
+    assert scores == pytest.approx([score / SPREAD for score in found.score(rows)], abs=1e-4)
+    assert scores != pytest.approx([score / SPREAD for score in whole.score(rows)], abs=1e-4)
+
+
 def assert_same_history(one: list[dict], two: list[dict]) -> None:
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):

@@ -194,6 +194,20 @@ def test_a_quantised_adapter_goes_on_training_against_a_frozen_copy(quantization
     assert not (tmp_path / "dpo" / "ref").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "quantization"),
+    [("pt", "8bit"), ("pt", "4bit"), ("pt", "2bit"), ("dpo", "2bit"), ("orpo", "2bit"), ("rm", "2bit")],
+)
+def test_an_adapter_on_a_quantised_base_learns_in_every_stage(stage, quantization, base, tmp_path):
+    lora = ["--use_peft", "--quantization", quantization, "--learning_rate", "1e-2", "--max_steps", "6"]
+    record = run_stage(stage, base, tmp_path, *lora, "--eval_on_start", "True")
+    assert record["finished"] and record["trained_dtype"] == ["float32"]
+    assert record["arguments"]["quantization"] == quantization
+    history = json.loads((tmp_path / stage / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+
+
 def test_modules_to_save_are_trained_in_full_and_come_back(base, tmp_path):
     flags = ["--use_peft", "--modules_to_save", "embed_tokens,lm_head", "--learning_rate", "1e-2", "--max_steps", "2"]
     record = run_stage("sft", base, tmp_path, *flags)
