@@ -165,6 +165,29 @@ def test_state_in_the_hosts_memory_takes_the_steps_of_one_process(config, base, 
 @pytest.mark.training
 @pytest.mark.distributed
 @pytest.mark.parametrize(
+    ("config", "quantization"),
+    [
+        ("fsdp2", "4bit"),
+        *(
+            pytest.param(config, kind, marks=pytest.mark.slow)
+            for config in ("ddp", "zero2")
+            for kind in ("8bit", "2bit")
+        ),
+    ],
+)
+def test_an_adapter_on_a_quantised_base_has_the_losses_of_one_process(config, quantization, base, tmp_path):
+    flags = ["--max_steps", "3", *LORA, "--quantization", quantization, "--lora_dropout", "0"]
+    train_alone(base, tmp_path / "one", *flags)
+    train_two(base, tmp_path / "two", config, *flags)
+    assert losses(tmp_path / "two") == pytest.approx(
+        losses(tmp_path / "one"), rel=1e-3 if quantization == "8bit" else 1e-4
+    )
+    assert len(losses(tmp_path / "one")) == 3 and apart(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-3
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.parametrize(
     ("config", "kind"),
     [
         ("zero2", ()),
