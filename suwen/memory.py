@@ -55,7 +55,7 @@ def _decoder(
             "num_hidden_layers": layers, "num_attention_heads": heads, **more}  # fmt: skip
 
 
-# Sizes that people call by name: LLaMA, LLaMA-2-70B, Qwen1.5-110B and Mixtral
+# Sizes that people call by name: LLaMA, LLaMA-2-70B, Qwen1.5-110B and Mixtral; and models
 SIZES = {
     "7B": _decoder("llama", 32000, 4096, 11008, 32, 32),
     "13B": _decoder("llama", 32000, 5120, 13824, 40, 40),
@@ -64,6 +64,13 @@ SIZES = {
     "110B": _decoder("qwen2", 152064, 8192, 49152, 80, 64, num_key_value_heads=8),
     "8x7B": _decoder("mixtral", 32000, 4096, 14336, 32, 32, num_key_value_heads=8, num_local_experts=8),
     "8x22B": _decoder("mixtral", 32768, 6144, 16384, 56, 48, num_key_value_heads=8, num_local_experts=8),
+    "LLaMA3-8B": _decoder("llama", 128256, 4096, 14336, 32, 32, num_key_value_heads=8),
+    "Qwen2.5-7B": _decoder("qwen2", 152064, 3584, 18944, 28, 28, num_key_value_heads=4),
+    "Qwen3-8B": _decoder("qwen3", 151936, 4096, 12288, 36, 32, num_key_value_heads=8, head_dim=128),
+    "Baichuan-13B": {"model_type": "baichuan"},
+    "Baichuan2-13B": {"model_type": "baichuan", "vocab_size": 125696},
+    "BLOOMZ-7B1": _decoder("bloom", 250880, 4096, 16384, 30, 32),
+    "ChatGLM-6B": {"model_type": "chatglm"},
 }
 
 

@@ -249,6 +249,16 @@ def test_the_table_stays_close_to_the_published_one_where_that_one_holds(capsys)
     assert "70B" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama3-8b", 8.030), ("Qwen2.5-7B", 7.616), ("qwen3-8b", 8.191), ("baichuan-13b", 13.265),
+     ("baichuan2-13b", 13.897), ("bloomz-7b1", 7.069), ("chatglm-6b", 6.708)],
+)  # fmt: skip
+def test_a_model_that_is_called_by_name_has_the_parameters_of_its_card(name, billions):
+    # ChatGLM-6B's 6.17 billion count embedding and head once
+    assert shape_of(tool.load_config(name)).total / 1e9 == pytest.approx(billions, abs=6e-4)
+
+
 def test_a_size_is_known_in_any_case_and_a_missing_folder_is_named_without_asking_the_network(tmp_path):
     assert tool.load_config("8X7b").num_local_experts == 8
     for name in ("9B", "/no/such/model"):

@@ -5,8 +5,9 @@
     python tools/plan_memory.py --model_name_or_path 70B --num_gpus 8 --sharding zero3
     python tools/plan_memory.py --table True
 
-The model is a folder, a config.json, a hub name or one of 7B, 13B, 30B, 70B, 110B, 8x7B, 8x22B; its config alone is
-read. With --gpu_memory it says what fits: the largest batch, or the cheapest change of flags.
+The model is a folder, a config.json, a hub name or one of 7B, 13B, 30B, 70B, 110B, 8x7B, 8x22B, LLaMA3-8B, Qwen2.5-7B,
+Qwen3-8B, Baichuan-13B, Baichuan2-13B, BLOOMZ-7B1, ChatGLM-6B; its config alone is read. With --gpu_memory it says what
+fits: the largest batch, or the cheapest change of flags.
 """
 
 import dataclasses
