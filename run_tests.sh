@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests; sets up the environment like the launchers, with requirements-dev.txt on top.
-#     bash run_tests.sh            lint, types, all tests but slow ones (20 minutes on two cores)
+#     bash run_tests.sh            lint, types, all tests but slow ones (15 minutes on two cores)
 #     bash run_tests.sh --fast     two minutes: no training, no second process, no set-up
 #     bash run_tests.sh --all      everything
 #     bash run_tests.sh --reliability   faults injected into real runs, the long form, with a table (7 to 30 minutes)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from suwen.arguments import StageArguments
 from suwen.checkpoint import last_whole
 from suwen.memory import out_of_memory_advice
 from suwen.nonfinite import OVERFLOWS
+
+if TYPE_CHECKING:
+    from suwen.arguments import StageArguments
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 SCALE_AT_MINIMUM = ("loss scale already at minimum",)  # DeepSpeed's, an exception of no kind

@@ -11,8 +11,8 @@ from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from suwen.arguments import stage_main
 from suwen.checkpoint import list_checkpoints
+from suwen.entry import stage_main
 from suwen.memory import Outlook, Setting, shape_of
 from suwen.nonfinite import ROWS_FILE
 
