@@ -15,7 +15,6 @@ from peft.utils import load_peft_weights
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from suwen import architectures, experts, two_bit
+from suwen.conversion.configs import load_native
 from suwen.conversion.convert import command_for
 from suwen.conversion.tokenizer_files import unknown_class
 from suwen.encoding import apply_template
@@ -104,7 +104,7 @@ def config_of_lineage(base: str, adapters: list[str]) -> Any:
         content, _ = PreTrainedConfig.get_config_dict(base)  # of a hub name: what AutoConfig would fetch
         if reason := needs_code(content, base):
             raise ValueError(reason)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = load_native(base)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {base!r}: {first_line(error)}") from None
     for adapter in reversed(adapters):

@@ -37,6 +37,7 @@ from suwen.encoding import ChatEncoder
 from suwen.lineage import require_model
 from suwen.models import load_base, load_causal_lm, load_config, load_tokenizer
 from tools import convert_checkpoint as convert_tool
+from tools import plan_memory
 
 pytestmark = pytest.mark.training
 
@@ -739,3 +740,13 @@ def test_the_tool_answers_mistakes_in_one_line(tmp_path):
     found = call("--model_name_or_path", str(tmp_path / "none"), "--output_dir", str(tmp_path / "new"))
     assert found.returncode == 2 and "found no such folder" in found.stderr and found.stderr.count("\n") == 1
     assert "--verify" in call("--help").stdout
+
+
+def test_a_config_that_does_not_hold_together_is_one_line(tmp_path):
+    settings = {"model_type": "qwen2", "hidden_size": 33, "num_attention_heads": 4, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").touch()
+    for load_it in (load_config, plan_memory.load_config):
+        with pytest.raises(ValueError, match=r"config.json: ValueError: The hidden size \(33\).*") as error:
+            load_it(str(tmp_path))
+        assert "\n" not in str(error.value)

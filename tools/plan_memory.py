@@ -72,9 +72,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def load_config(name: str, family_name: str | None = None) -> Any:
     """Config of a size by its name, of a model, or of what an original would be converted to."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     import suwen.architectures  # noqa: F401  (registers its classes)
+    from suwen.conversion.configs import load_native
     from suwen.conversion.convert import conversion_command
     from suwen.conversion.families import FAMILIES, convert_config, recognise
     from suwen.conversion.weights import read_json
@@ -97,7 +98,7 @@ def load_config(name: str, family_name: str | None = None) -> Any:
         if not original and (why := needs_code(content, name)):
             raise ValueError(why)
         if not original:
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return load_native(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

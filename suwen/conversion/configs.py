@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 Config = dict[str, Any]
@@ -120,3 +121,18 @@ def deepseek_config(config: Config) -> Config:
         "qkv_bias": bool(config.get("attention_bias")),
         "rope_parameters": rope(config, config.get("rope_theta") or 10000.0),
     }  # fmt: skip
+
+
+def load_native(path: str | os.PathLike) -> Any:
+    """The config of a folder or hub name whose class is the library's own.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none, or it does not hold together.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json: {str(error).splitlines()[-1].strip()}") from None

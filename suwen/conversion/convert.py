@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from suwen.conversion.adapters import convert_adapter
-from suwen.conversion.configs import Config
+from suwen.conversion.configs import Config, load_native
 from suwen.conversion.families import FAMILIES, NATIVE, Family, convert_config, recognise
 from suwen.conversion.originals import FORWARDS, original_logits
 from suwen.conversion.tokenizers import convert_tokenizer
@@ -136,12 +136,10 @@ def convert_into(
     lines: list[str],
     log: Callable[[str], None],
 ) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     native = family is NATIVE
-    new_config = (
-        AutoConfig.from_pretrained(folder, trust_remote_code=False) if native else convert_config(family, config)
-    )
+    new_config = load_native(folder) if native else convert_config(family, config)
     log(f"{folder}: {config['model_type'] + ', kept' if native else f'{family.name} -> {family.model_type}'}")
     plan = plan_weights(family, config, folder)
     additions = family.additions(config)
