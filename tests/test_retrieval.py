@@ -1,5 +1,6 @@
 """Documents to passages to an index, and what a search finds in it."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -13,11 +14,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import openpyxl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from papers import write_docx, write_pdf
 
 from suwen.readers import Refusal
-from suwen.retrieval import bm25, office
+from suwen.retrieval import bm25, documents, office
 from suwen.retrieval.documents import read_sections
 from suwen.retrieval.index import build_index
 from suwen.retrieval.passages import SENTENCE_END, Passage, Section, cut_passages
@@ -222,6 +226,31 @@ def test_files_that_give_no_text_are_reported_by_reason(tmp_path):
     ]
     half = list(read_sections(write_pdf(tmp_path / "half.pdf", ["有字。", ""]), "half.pdf"))
     assert isinstance(half[0], Section) and half[1].reason == "page without text"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".txt.gz", ".xlsx", ".parquet"])
+def test_a_small_file_that_unpacks_to_a_large_one_is_not_read(suffix, tmp_path, monkeypatch):
+    file = tmp_path / f"notes{suffix}"
+    text = "咳" * 1_000_000
+    if suffix.endswith(".gz"):
+        with gzip.open(file, "wt", encoding="utf-8") as stream:
+            stream.write(json.dumps({"text": text}) if "json" in suffix else text)
+    elif suffix == ".xlsx":
+        book = openpyxl.Workbook()
+        book.active.append(["title", "text"])
+        for _ in range(40):
+            book.active.append(["x", text[:30_000]])
+        book.save(file)
+    else:
+        columns = {"title": [f"{n}" for n in range(100)], "text": [f"{n}{text[:9000]}" for n in range(100)]}
+        pq.write_table(pa.table(columns), file, compression="zstd")
+    assert file.stat().st_size < 100_000
+    assert not [section for section in read_sections(file, "notes") if isinstance(section, Refusal)]
+    monkeypatch.setattr(documents, "LARGEST_FILE_BYTES", 200_000)
+    [refused] = read_sections(file, "notes")
+    assert (
+        refused.message == "notes: more when unpacked, expected at most 200000" and refused.reason == "file too large"
+    )
 
 
 def test_a_file_that_keeps_its_parser_busy_is_given_up(tmp_path, monkeypatch):

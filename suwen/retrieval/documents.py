@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from suwen.readers import (
     BOOK_HEADING,
@@ -73,9 +79,9 @@ def read_sections(file: Path, name: str) -> Iterator[Section | Refusal]:
         name: of the file, as citations are to show it.
     """
     try:
-        size = file.stat().st_size
-        if size > LARGEST_FILE_BYTES:
-            yield _refuse(name, "file too large", f"{size} bytes, expected at most {LARGEST_FILE_BYTES}")
+        if (size := _unpacked_bytes(file)) > LARGEST_FILE_BYTES:
+            found = f"{size} bytes" if size == file.stat().st_size else "more when unpacked"
+            yield _refuse(name, "file too large", f"{found}, expected at most {LARGEST_FILE_BYTES}")
         elif file.suffix.lower() in OFFICE_KINDS:
             yield from _office_sections(file, name)
         elif file.suffix.lower() in MARKDOWN_KINDS or file_kind(file) == ".txt" and not _is_book(file):
@@ -88,6 +94,27 @@ def read_sections(file: Path, name: str) -> Iterator[Section | Refusal]:
         yield _refuse(name, "unreadable", str(error).replace(str(file), name).removeprefix(f"{name}: "))
     except OSError as error:
         yield _refuse(name, "unreadable", error.strerror or str(error))
+
+
+def _unpacked_bytes(file: Path) -> int:
+    """Bytes of a file when unpacked, of which a small one can hold gigabytes; counted a little beyond the largest."""
+    size, suffix = file.stat().st_size, file.suffix.lower()
+    try:
+        if suffix == ".gz":
+            with gzip.open(file, "rb") as stream:
+                unpacked = 0
+                while unpacked <= LARGEST_FILE_BYTES and (chunk := stream.read(1 << 20)):
+                    unpacked += len(chunk)
+            return max(size, unpacked)
+        if suffix == ".xlsx":
+            with zipfile.ZipFile(file) as archive:  # which reads no more of a member than it is said to hold
+                return max(size, sum(member.file_size for member in archive.infolist()))
+        if suffix == ".parquet":
+            metadata = pq.read_metadata(file)
+            return max(size, sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)))
+    except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowInvalid):
+        pass  # broken: its reader says so
+    return size
 
 
 def _refuse(where: str, reason: str, detail: str) -> Refusal:
