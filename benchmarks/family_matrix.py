@@ -70,6 +70,12 @@ FAMILIES = {
         _GROUPED | {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
                     "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     ),
+    "qwen3_5_moe": Entry(
+        "Qwen3.5-MoE", "qwen3_5_moe_text", "qwen3",
+        _GROUPED | {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
     "glm": Entry("ChatGLM2, ChatGLM3, GLM-4-9B (converted)", "glm", "chatglm3", _GROUPED | {"head_dim": 16}),
     "orion": Entry("Orion-14B (converted)", "stablelm", "orion", _SMALL | {"num_key_value_heads": 4}),
     "baichuan-13b": Entry("Baichuan-13B, Baichuan2-13B (converted)", "baichuan", "baichuan2", _SMALL),
