@@ -1,10 +1,10 @@
 """Does a training put knowledge into a model? An experiment, stage by stage; run_pipeline.sh sets it up and starts it.
 
     python tools/experiment.py                                       the tiny embedded model
-    python tools/experiment.py --seeds 3 --size full                 three graphs, more training, retrieval
-    python tools/experiment.py --stages pt,sft,orpo                  other stages
-    python tools/experiment.py --wordings 1 --shuffle False          each fact told in one wording alone
-    python tools/experiment.py --model Qwen/Qwen3-0.6B               a model of your own, by LoRA
+    python tools/experiment.py --seeds 3 --size full --output_dir outputs/full       three graphs, longer, and retrieval
+    python tools/experiment.py --stages pt,sft,orpo --output_dir outputs/orpo        other stages
+    python tools/experiment.py --wordings 1 --shuffle False --output_dir outputs/1   each fact told in one wording alone
+    python tools/experiment.py --model Qwen/Qwen3-0.6B --output_dir outputs/qwen     a model of your own, by LoRA
 
 A medical knowledge graph is invented, so that no score can come from what a model knew before, and taught by the
 launchers of this project. Facts of group A are in pretraining and SFT, those of B in pretraining alone, those of C in
