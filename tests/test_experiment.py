@@ -9,8 +9,9 @@ from tools import build_data, experiment
 
 
 @pytest.fixture
-def planned(monkeypatch, capsys):
-    """Commands of an experiment that is only shown, as (variables, words)."""
+def planned(monkeypatch, capsys, tmp_path):
+    """Commands of an experiment that is only shown, as (variables, words); away from what a real one has left here."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DRY_RUN", "1")
     monkeypatch.delenv("MODEL", raising=False)
 
