@@ -92,28 +92,21 @@ def _chat(
         between: what separates an answer from the next user message.
         thinking: what the generation prompt adds if enable_thinking is true and if it is false; None: cannot think.
     """
-    default = _expression(system.replace("{content}", default_system)) if default_system else "''"
     newest, past = header + answer, header + answer if past_answer is None else past_answer
+    default = system.replace("{content}", default_system) if default_system else ""
+    inside = system_before != "all"
+    # Names are looked up in every row that is rendered, so a template has only those that its patterns ask for
+    ahead = inside or past != newest or "ns.users" in user
+    rounds = inside or bool(between) or "ns.round" in user
     lines = [
-        f"{{%- set ns = namespace(system={default}, users=0, last_user=-1, round=0) %}}",
-        "{%- for message in messages %}",
-        "    {%- set content = message['content'] %}",
-        "    {%- if message['role'] == 'system' and loop.first %}",
-        f"        {{%- set ns.system = {_expression(system)} %}}",
-        "    {%- elif message['role'] == 'user' %}",
-        "        {%- set ns.users = ns.users + 1 %}",
-        "        {%- set ns.last_user = loop.index0 %}",
-        "    {%- elif message['role'] != 'assistant' %}",
-        "        {{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ "
-        "', expected user, assistant, or system as the first message') }}",
-        "    {%- endif %}",
-        "{%- endfor %}",
+        *([f"{{%- set ns = namespace(system={_expression(default)}, {_COUNTERS}) %}}"] if ahead or rounds else []),
+        *(_look_ahead(system if inside else "") if ahead else []),
         *_emit(start),
-        *(["{{- ns.system }}"] if system_before == "all" else []),
+        *([] if inside else _emit(default, "not messages or messages[0]['role'] != 'system'")),
         "{%- for message in messages %}",
         "    {%- set content = message['content'] %}",
         "    {%- if message['role'] == 'user' %}",
-        "        {%- set ns.round = ns.round + 1 %}",
+        *(["        {%- set ns.round = ns.round + 1 %}"] if rounds else []),
         *_emit(between, "ns.round > 1", indent=8),
         *_SYSTEM_IN_USER[system_before],
         *_emit(user, indent=8),
@@ -121,6 +114,11 @@ def _chat(
         *(_REASONING if thinking else ()),
         *_emit(newest, "loop.index0 > ns.last_user" if past != newest else "", indent=8),
         *_emit(past if past != newest else "", "loop.index0 < ns.last_user", indent=8),
+        "    {%- elif message['role'] == 'system' and loop.first %}",
+        *([] if inside else _emit(system, indent=8)),
+        "    {%- else %}",
+        "        {{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ "
+        "', expected user, assistant, or system as the first message') }}",
         "    {%- endif %}",
         "{%- endfor %}",
         *_emit(header, "add_generation_prompt"),
@@ -130,6 +128,30 @@ def _chat(
         lines += _emit(thinking[0], "add_generation_prompt and thinking is true")
         lines += _emit(thinking[1], "add_generation_prompt and thinking is false")
     return "\n".join(lines)
+
+
+_COUNTERS = "users=0, last_user=-1, round=0"
+
+
+def _look_ahead(system: str) -> list[str]:
+    """A loop before the first output: counts the user messages and keeps the system message, if there is a pattern."""
+    return [
+        "{%- for message in messages %}",
+        "    {%- if message['role'] == 'user' %}",
+        "        {%- set ns.users = ns.users + 1 %}",
+        "        {%- set ns.last_user = loop.index0 %}",
+        *(
+            [
+                "    {%- elif message['role'] == 'system' and loop.first %}",
+                "        {%- set content = message['content'] %}",
+                f"        {{%- set ns.system = {_expression(system)} %}}",
+            ]
+            if system
+            else []
+        ),
+        "    {%- endif %}",
+        "{%- endfor %}",
+    ]
 
 
 def _emit(pattern: str, condition: str = "", indent: int = 0) -> list[str]:
