@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from suwen.byte_pairs import fast_ids
 from template import TEMPLATES, get_template
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy leaves out
@@ -102,6 +104,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.thinking = thinking
         self._source = tokenizer.get_chat_template()
+        self._special_tokens = tokenizer.special_tokens_map
         self._switches = thinking_switches(self._source)
         self._control = control_pattern(tokenizer, len(tokenizer))
         self._anchors = continuation_anchors(tokenizer)
@@ -126,15 +129,18 @@ class ChatEncoder:
 
     def _render(self, messages: list[dict], add_generation_prompt: bool, thinking: bool | None) -> str:
         thinking = self.thinking if thinking is None else thinking
-        switches: dict[str, Any] = {} if thinking is None else dict.fromkeys(self._switches, thinking)
+        switches = {} if thinking is None else dict.fromkeys(self._switches, thinking)
+        if not messages:
+            raise ValueError("the conversation has no message before its first answer, expected a question")
+        # What `apply_chat_template` does in the end; its way there takes longer than the template
+        template = _compile_jinja_template(self._source)
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
-            )
+            return template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                **self._special_tokens | switches,
+            )  # fmt: skip
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template cannot express this conversation: {error}") from error
-        assert isinstance(text, str)
-        return text
 
     def _prepare(self, messages: list[dict]) -> list[dict]:
         """Messages as the template reads them: the thinking apart from the answer, under the template's own key."""
@@ -474,7 +480,12 @@ def as_answer(answer: list[dict] | str, name: str) -> dict:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The ids of each text and nothing else: no BOS or EOS, no mask, no warning about the length."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    found = [fast_ids(tokenizer, text) for text in texts]
+    slow = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+    if not slow:
+        return [ids for ids in found if ids is not None]
+    rest = iter(tokenizer(slow, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    return [next(rest) if ids is None else ids for ids in found]
 
 
 def thinking_switches(source: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from typing import Any
 
+from suwen.byte_pairs import speed_up
 from suwen.encoding import IGNORE_INDEX, ChatEncoder, encode_document
 
 Encoded = tuple[list[dict[str, Any]], Counter]
@@ -24,7 +25,18 @@ def carries_reasoning(messages: list[dict[str, Any]]) -> bool:
     return any(message.get("reasoning_content") for message in messages)
 
 
-class DocumentRows:
+class RowEncoder:
+    """What the encoders of all stages share."""
+
+    tokenizer: Any
+    fingerprint: str
+
+    def speed_up(self) -> None:
+        """To be called before the workers of a large data set are forked."""
+        speed_up(self.tokenizer)
+
+
+class DocumentRows(RowEncoder):
     """Pretraining: every token of a document and its EOS; longer ones are split, no token is lost."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -40,11 +52,12 @@ class DocumentRows:
         return [{"input_ids": piece, "labels": list(piece)} for piece in pieces], Counter()
 
 
-class ConversationRows:
+class ConversationRows(RowEncoder):
     """SFT: every assistant turn and its stop token."""
 
     def __init__(self, encoder: ChatEncoder, max_length: int, train_on_inputs: bool) -> None:
-        self.encoder, self.max_length, self.train_on_inputs = encoder, max_length, train_on_inputs
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
+        self.max_length, self.train_on_inputs = max_length, train_on_inputs
         self.fingerprint = fingerprint(
             encoder.tokenizer,
             kind="conversation with thinking",
@@ -59,11 +72,11 @@ class ConversationRows:
         return [{**encoded, "thinking": thinking} for encoded in rows], counts
 
 
-class PreferenceRows:
+class PreferenceRows(RowEncoder):
     """Preference stages: the prompt as served, and two answers to it."""
 
     def __init__(self, encoder: ChatEncoder, max_length: int) -> None:
-        self.encoder, self.max_length = encoder, max_length
+        self.encoder, self.tokenizer, self.max_length = encoder, encoder.tokenizer, max_length
         self.fingerprint = fingerprint(
             encoder.tokenizer, kind="preference with margin and fault", thinking=encoder.thinking, max_length=max_length
         )
@@ -78,12 +91,12 @@ class PreferenceRows:
         return [{**pair, "thinking": carries_reasoning(row["chosen"]), **kept}], Counter()
 
 
-class PromptRows:
+class PromptRows(RowEncoder):
     """Reinforcement learning: a prompt as served, and the answer key where there is one."""
 
     def __init__(self, encoder: ChatEncoder, max_length: int) -> None:
         """`max_length`: tokens of a prompt; the oldest exchanges are left out of a longer one."""
-        self.encoder, self.max_length = encoder, max_length
+        self.encoder, self.tokenizer, self.max_length = encoder, encoder.tokenizer, max_length
         self.fingerprint = fingerprint(
             encoder.tokenizer, kind="prompt", thinking=encoder.thinking, max_length=max_length
         )
