@@ -15,7 +15,7 @@ from typing import Any
 
 from suwen.cleaning import strip_html
 from suwen.formats import BadRow
-from suwen.knowledge_graph import PROSE_CHARACTERS, Entity, Fact, Graph, short_hash
+from suwen.knowledge_graph import PROSE_CHARACTERS, Entity, Fact, Graph, is_prose, short_hash
 from suwen.personal_data import NAME
 from suwen.phrasings import RELATIONS
 from suwen.readers import Refusal, detect_encoding, file_kind, find_encoding, open_text, read_records
@@ -45,6 +45,8 @@ class GraphBuilder:
         return found
 
     def fact(self, head: str, relation: str, value: str, tail: str = "", fact_id: str = "") -> None:
+        if not is_prose(value.rstrip("。"), relation):
+            value = value.rstrip("。")  # a term with a full stop is no sentence: 98%。 and 98% are one value
         if (head, relation, value) in self._seen:
             self.counts["fact given twice"] += 1
             return

@@ -131,6 +131,17 @@ def test_what_says_that_nothing_is_known_is_no_value(tmp_path):
     assert [fact.value for fact in graph.facts] == ["支持性治疗", "无力", "发热", "无力"]
 
 
+def test_a_term_with_a_full_stop_is_the_same_term_and_a_sentence_keeps_its_own(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text(
+        "name,rate,cause\n甲病,98%。,受凉。\n乙病,98%,本病由受凉引起。多见于冬季。\n丙病,98%,多由受凉，劳累引起。\n",
+        "utf-8",
+    )
+    values = {(fact.relation, fact.value) for fact in load_graph([file])[0].facts}
+    sentences = {("cause", "本病由受凉引起。多见于冬季。"), ("cause", "多由受凉，劳累引起。")}
+    assert values == {("prognosis", "98%"), ("cause", "受凉"), *sentences}
+
+
 def test_values_that_end_in_a_bracket_are_cut_off(tmp_path):
     text = "name,cured_prob,cure_lasttime\n甲病,治愈率（,>120天(终身治疗，需\n乙病,治愈率（约80%）,治疗周期3-6月\n"
     graph, left_out = read(tmp_path, "disease.csv", text, "utf-8")
@@ -175,7 +186,7 @@ def test_leaflets_as_text_and_as_html_fields(tmp_path):
         ("药甲", "drug_class", "抗感染药物"),
         ("药甲", "drug_class", "抗生素"),
         ("药甲", "indication", "用于肺炎。"),
-        ("药甲", "usage", "口服，每日3次。"),
+        ("药甲", "usage", "口服，每日3次"),
     ]
     assert next(iter(graph.entities.values())).aliases == ("甲素", "Jia")
     html = "药品,药品适应症,instruction\n药乙片,<p>本品用于<b>头痛</b>&nbsp;和牙痛</p>,药乙片的适应病症\n"
