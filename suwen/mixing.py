@@ -174,12 +174,15 @@ def record_rows(source: Source, refuse: Refuse) -> Iterator[Row]:
         present = [symptom for symptom in known if not DIAGNOSIS.search(symptom)]
         diagnoses = [symptom for symptom in known if DIAGNOSIS.search(symptom)]
         denied = [symptom for symptom, found in states.items() if found == {"2"}]
+        excluded = [symptom for symptom in denied if DIAGNOSIS.search(symptom)]
+        denied = [symptom for symptom in denied if symptom not in excluded]
         if len(present) < 2:
             refuse(where, "dialogue without enough labelled symptoms", None)
             continue
         record = f"主诉：{'、'.join(present[:3])}。\n现病史：患者有{'、'.join(present)}。"
         record += f"否认{'、'.join(denied)}。" if denied else ""
         record += f"\n对话中提到的诊断：{'、'.join(diagnoses)}。" if diagnoses else ""
+        record += f"\n对话中排除的诊断：{'、'.join(excluded)}。" if excluded else ""
         prompt = rng_of("record", where).choice(RECORD_PROMPTS).replace("{d}", "\n".join(lines))
         yield {"messages": turns(prompt, record), "where": where, "recipe": "medical record", "facts": []}
 

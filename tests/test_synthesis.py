@@ -618,6 +618,17 @@ def test_a_record_says_what_the_labels_say_and_no_more(tmp_path):
     assert refused == ["dialogue without enough labelled symptoms"]
 
 
+def test_what_the_patient_has_not_is_denied_and_what_the_doctor_excludes_is_no_symptom(tmp_path):
+    turns = [
+        {"speaker": "患者", "sentence": "咳嗽，鼻塞", "normalized": ["咳嗽", "鼻塞"], "type": ["1", "1"]},
+        {"speaker": "医生", "sentence": "不是肺炎，没有呕吐吧", "normalized": ["肺炎", "呕吐"], "type": ["2", "2"]},
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"dialogue-content": turns}) + "\n")
+    (row,) = record_rows(parse_sources(str(file))[0], lambda *place: None)
+    assert row["messages"][1]["content"].endswith("否认呕吐。\n对话中排除的诊断：肺炎。")
+
+
 # ---------------------------------------------------------------------------------------------------------------- tool
 
 
