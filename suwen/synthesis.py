@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -366,6 +367,8 @@ OPENINGS = {
     "疾病": ("我想咨询一下{e}。", "医生说我得了{e}。", "家人最近查出{e}，想了解一下。", "你好，我想问问{e}的事。"),
     "药品": ("我想了解一下{e}这种药。", "医生给我开了{e}。", "家里有一盒{e}，想问问。", "你好，我想问问{e}的事。"),
 }
+# A question about somebody, or before there is a diagnosis, does not go with an opening that says who has the disease
+DOUBT = re.compile("我|孩子|家人|家里|怀疑|是不是|可能|排除|确诊|诊断|明确|判断|发现|查出|提示|当心|想到|看出")
 
 
 def dialogue_rows(entity: str, source: Source) -> Iterator[Row]:
@@ -379,7 +382,10 @@ def dialogue_rows(entity: str, source: Source) -> Iterator[Row]:
         first, *rest = chosen
         opening = question_on(first, source, rng)
         if rng.random() < 0.5 and first.entity.type in OPENINGS:
-            opening = rng.choice(OPENINGS[first.entity.type]).replace("{e}", first.entity.name) + opening
+            before = rng.choice(OPENINGS[first.entity.type])
+            if DOUBT.search(opening) and first.entity.type == "疾病":
+                before = OPENINGS["疾病"][-1]
+            opening = before.replace("{e}", first.entity.name) + opening
         texts = [opening, answer_to(first, source, rng)]
         for item in rest:
             texts += [fill(rng.choice(wordings_of(item).follow_ups), item), answer_to(item, source, rng)]

@@ -217,6 +217,15 @@ def test_later_turns_of_a_dialogue_do_not_name_the_entity(ours):
             assert len(users) >= 2 and name in users[0] and not any(name in later for later in users[1:])
 
 
+def test_no_dialogue_begins_with_a_diagnosis_and_then_asks_for_one(ours, fictional):
+    for source in (ours, fictional):
+        first = [row["messages"][0]["content"] for head in source.items for row in dialogue_rows(head, source)]
+        told = [text for text in first if re.match("医生说我得了|家人最近查出", text)]
+        assert told and not [
+            text for text in told if re.search("孩子|我可能|家里|是不是|怀疑|排除", text.partition("。")[2])
+        ]
+
+
 def test_wrong_values_are_never_right_nor_parts_of_what_is_right(ours):
     for items in ours.items.values():
         for item in items:
