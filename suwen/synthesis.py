@@ -23,6 +23,7 @@ from suwen.retrieval.passages import Passage, text_passage
 
 Row = dict[str, Any]
 LETTERS = "ABCDE"
+MOST_KIN = 30  # a value of more entities does not make them kin
 READING_FACTS, READING_QUESTIONS = 4, 8  # told in a passage of a reading example, and asked of it, at most
 
 
@@ -62,6 +63,8 @@ class Source:
     alike: dict[str, list[str]] = field(default_factory=dict)  # entity id -> ids of entities with similar names
     others: dict[str, list[Item]] = field(default_factory=dict)  # relation -> items
     common: set[tuple[str, str]] = field(default_factory=set)  # (relation, value) too common to be surely wrong
+    unsure: set[str] = field(default_factory=set)  # relations whose lists no graph holds to the end
+    kin: dict[str, set[str]] = field(default_factory=dict)  # entity id -> ids of entities for which more may hold
 
 
 def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: SynthesisRules | None = None) -> Source:
@@ -83,14 +86,35 @@ def prepare(graph: Graph, groups: dict[str, str] | None = None, rules: Synthesis
     source.values = {key: list(values) for key, values in pools.items()}
     # Where entities have several values each, no graph has all of them: 恶心 may well be a reaction to a drug that is
     # not said to cause it. What holds for many is therefore never offered as wrong.
-    several = set()
     for relation, items in source.others.items():
         known = RELATIONS.get(relation)
         if sum(len(item.values) for item in items) > 1.5 * len(items) and not (known and known.complete):
-            several.add(relation)
-    source.common = {key for key, heads in source.heads.items() if key[0] in several and len(heads) > 3}
+            source.unsure.add(relation)
+    source.common = {key for key, heads in source.heads.items() if key[0] in source.unsure and len(heads) > 3}
+    if source.unsure:
+        source.kin = _kin(source)
     source.alike = _similar_names([graph.entities[head] for head in source.items])
     return source
+
+
+def _kin(source: Source) -> dict[str, set[str]]:
+    """For each entity those that share a value with it which few have, and those that it names or that name it.
+
+    What one of them has may well hold for the other, too, though the graph does not say so.
+    """
+    ids: dict[str, set[str]] = defaultdict(set)
+    told: dict[str, set[str]] = defaultdict(set)  # value of any relation -> entities
+    for head in source.items:
+        ids[source.graph.entities[head].name].add(head)
+    for (relation, value), heads in source.heads.items():
+        if len(heads) <= MOST_KIN and (relation, value) not in source.common:
+            told[value].update(heads)
+    found: dict[str, set[str]] = defaultdict(set)
+    for value, holders in told.items():
+        together = holders | ids.get(value, set())
+        for head in together:
+            found[head] |= together
+    return found
 
 
 def whole_items(entity: str, source: Source) -> list[Item]:
@@ -192,15 +216,19 @@ def turns(*texts: str) -> list[dict[str, str]]:
 def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> list[str]:
     """Up to `count` values of the same relation that do not hold: first of entities with similar names, then of any.
 
-    A value that contains a right one, or is contained in one (咳嗽, 干咳), is not wrong enough and is passed over.
+    A value that contains a right one, or is contained in one (咳嗽, 干咳), is not wrong enough and is passed over. Of
+    lists that no graph holds to the end, so are those of kin: 吸氧 of 肺栓塞 is right for 慢性阻塞性肺疾病, too.
     Those of another group come last, where its own has too few: they give themselves away, as they were met more or
     less often, and as rejected answers they teach against what the other group knows.
     """
     group = source.groups[item.entity.id]
     right = source.rights[item.entity.id, item.relation]
+    kin = source.kin.get(item.entity.id, set()) if item.relation in source.unsure else set()
 
     def plausible(value: str) -> bool:
-        if (item.relation, value) in source.common:
+        if is_prose(value, item.relation):
+            return False  # a sentence does not fit where terms are asked for
+        if (item.relation, value) in source.common or not kin.isdisjoint(source.heads[item.relation, value]):
             return False
         return not any(value in other or other in value for other in right) and value not in item.entity.name
 
@@ -212,17 +240,22 @@ def wrong_values(item: Item, source: Source, rng: random.Random, count: int) -> 
         if candidate.relation == item.relation
         for value in candidate.values
     ]
-    found = [value for value in dict.fromkeys(near) if plausible(value)]
-    rng.shuffle(found)
-    elsewhere = (values for key, values in source.values.items() if key[1] == item.relation and key[0] != group)
-    for pool in itertools.chain([source.values[group, item.relation]], elsewhere):
-        for _ in range(20 * count):
-            if len(found) >= count:
-                break
-            value = rng.choice(pool)
-            if plausible(value) and value not in found:
-                found.append(value)
-    return found[:count]
+    elsewhere = [values for key, values in source.values.items() if key[1] == item.relation and key[0] != group]
+    found: list[str] = []
+    while True:
+        more = [value for value in dict.fromkeys(near) if plausible(value) and value not in found]
+        rng.shuffle(more)
+        found += more
+        for pool in (source.values[group, item.relation], *elsewhere):
+            for _ in range(20 * count):
+                if len(found) >= count:
+                    break
+                value = rng.choice(pool)
+                if plausible(value) and value not in found:
+                    found.append(value)
+        if len(found) >= count or not kin:
+            return found[:count]
+        kin = set()  # in a graph of one speciality all are kin
 
 
 # ---------------------------------------------------------------------------------------------------------- pretraining

@@ -257,6 +257,32 @@ def test_what_many_entities_share_is_never_offered_as_wrong(ours):
     assert ("adverse_reaction", "恶心") not in offered and len(offered) > 300
 
 
+def test_what_holds_for_kin_is_not_offered_as_wrong_where_lists_have_no_end(ours):
+    """避免搔抓 of 湿疹 is right for 荨麻疹, too; no graph says all of it."""
+    offered = {}
+    for head in ours.items:
+        for row in (*exam_items(head, ours), *choice_items(head, ours)):
+            texts = [line[2:] for line in row["Options"].split("\n") if line[0] not in row["Answer"]]
+            offered.setdefault((ours.graph.entities[head].name, row["relation"]), set()).update(texts)
+    assert offered["荨麻疹", "treatment"].isdisjoint(["避免搔抓", "保湿润肤", "外用糖皮质激素"])
+    assert offered["慢性阻塞性肺疾病", "treatment"].isdisjoint(["吸氧", "祛痰止咳"])
+    assert "窦性心动过缓患者" not in offered["美托洛尔", "contraindication"]
+    assert "短期使用镇静催眠药" not in offered["广泛性焦虑障碍", "treatment"]
+
+
+def test_a_graph_of_one_speciality_has_wrong_values_all_the_same():
+    facts = [Fact(f"d{n}", f"e{n}", "department", "心内科") for n in range(6)]
+    facts += [
+        Fact(f"s{n}{m}", f"e{n}", "symptom", f"{mark}{m}") for n, mark in enumerate("甲乙丙丁戊己") for m in "痛痒"
+    ]
+    entities = {f"e{n}": Entity(f"e{n}", f"{n}号病", "疾病") for n in range(6)}
+    source = prepare(Graph(entities, facts))
+    (item,) = (item for item in source.items["e0"] if item.relation == "symptom")
+    assert (
+        source.kin["e0"] >= {f"e{n}" for n in range(1, 6)} and len(wrong_values(item, source, random.Random(0), 4)) == 4
+    )
+
+
 def test_exam_answers_are_right_and_every_other_option_is_wrong(ours):
     rows = [row for head in ours.items for row in exam_items(head, ours)]
     assert len(rows) > 500 and any(len(row["Answer"]) > 1 for row in rows)
