@@ -15,7 +15,7 @@ from typing import Any
 
 from suwen.cleaning import texts_of
 from suwen.near_duplicates import Strings, TestItems, normal_form
-from suwen.pairs import faulty_answer, possible_faults
+from suwen.pairs import faulty_answer, possible_faults, question_for
 from suwen.parallel import batched
 from suwen.phrasings import Phrasings, phrasings_of
 from suwen.synthesis import (
@@ -124,7 +124,7 @@ def preference_items(entity: str, source: Source) -> Iterator[Row]:
         questions = wordings_of(item).held_out_questions
         for number, fault in enumerate(("wrong value", rng.choice(possible_faults(item)))):
             if pair := faulty_answer(fault, item, source, rng):
-                content = {"question": fill(questions[number % len(questions)], item), "fault": fault}
+                content = {"question": fill(question_for(fault, questions, number), item), "fault": fault}
                 yield _item("preference", number, item, source, **content, chosen=pair[0], rejected=pair[1])
 
 

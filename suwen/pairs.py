@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,16 @@ MARGINS = {
 }
 
 
+# What answers a question on one of these may well answer one on another, too
+AKIN = (
+    {"treatment", "surgery", "drug"},
+    {"contraindication", "population_warning", "precaution", "interaction"},
+    {"symptom", "complication"},
+    {"cause", "population"},
+)
+ONE_ASKED = re.compile("哪种|哪项|哪一|哪个|最")  # a question for one value, to which a part of the list is an answer
+
+
 def pair_rows(entity: str, source: Source) -> Iterator[Row]:
     """Pairs for every item of an entity, faults in turn so that all kinds occur about as often as they can."""
     for index, item in enumerate(source.items[entity]):
@@ -60,7 +71,14 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
             pair = faulty_answer(kind, item, source, rng)
             if pair is not None:
                 chosen, rejected = pair
-                yield _row(fill(questions[number % len(questions)], item), chosen, rejected, kind, item, source)
+                yield _row(fill(question_for(kind, questions, number), item), chosen, rejected, kind, item, source)
+
+
+def question_for(kind: str, wordings: Sequence[str], number: int) -> str:
+    """One of the question wordings; for an omission one that asks for all."""
+    if kind == "omission":
+        wordings = [wording for wording in wordings if not ONE_ASKED.search(wording)] or wordings
+    return wordings[number % len(wordings)]
 
 
 def possible_faults(item: Item) -> list[str]:
@@ -90,7 +108,13 @@ def faulty_answer(kind: str, item: Item, source: Source, rng: random.Random) -> 
     elif kind == "omission":
         values = rng.sample(item.values, max(1, len(item.values) // 3))
     elif kind == "answer to another question":
-        others = [i for i in source.items[item.entity.id] if i.relation != item.relation and i.prose == item.prose]
+        others = [
+            other
+            for other in source.items[item.entity.id]
+            if other.relation != item.relation
+            and other.prose == item.prose
+            and not any({other.relation, item.relation} <= akin for akin in AKIN)
+        ]
         values = rng.choice(others).values if others else ()
     elif kind == "repetition":
         return chosen, chosen * rng.randint(3, 4)
@@ -125,7 +149,11 @@ def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterato
         passages, told = reading_example(source, rng, heads)
         fact, item = told[0], told[0].item
         prompt = reading_prompt(fact, passages, source, rng)
-        rivals = [other.item.values for other in told if other.item.relation == item.relation]
+        rivals = [
+            other.item.values
+            for other in told
+            if other.item.relation == item.relation and other.item.prose == item.prose
+        ]
         tempting = [values for values in rivals if not set(values) & set(item.values)]
         wrong = rng.choice(tempting) if tempting else wrong_values(item, source, rng, len(item.values))
         if wrong and not item.prose:

@@ -26,6 +26,7 @@ from suwen.fact_items import (
     find_leaks,
     held_out_wordings,
     open_book_items,
+    preference_items,
     recall_items,
     reverse_items,
 )
@@ -543,6 +544,38 @@ def test_pairs_differ_in_their_fault_alone(ours):
             assert sum(value not in rejected for value in right) == 1 and len(right) > 1
         elif row["fault"] == "wrong value":
             assert not any(value in rejected for value in right)
+
+
+def test_an_omission_is_no_answer_to_the_question_and_another_answer_is_none(ours):
+    """哪种药 is answered by one drug of three; the drugs of a disease are a way to treat it."""
+    rows = [row for head in ours.items for row in pair_rows(head, ours)]
+    omitted = [row["prompt"][0]["content"] for row in rows if row["fault"] == "omission"]
+    omitted += [
+        row["question"] for head in ours.items for row in preference_items(head, ours) if row["fault"] == "omission"
+    ]
+    assert len(omitted) > 100 and not [question for question in omitted if re.search("哪种|哪项|最", question)]
+    values = {}
+    for fact in ours.graph.facts:
+        values.setdefault((fact.head, fact.relation), []).append(fact.value)
+    relation = {fact.id: (fact.head, fact.relation) for fact in ours.graph.facts}
+    for row in rows:
+        head, asked = relation[row["facts"][0]]
+        if row["fault"] == "answer to another question" and asked in ("treatment", "population_warning"):
+            akin = {"treatment": "drug", "population_warning": "contraindication"}[asked]
+            assert "、".join(values.get((head, akin), ["-"])) not in row["rejected"][0]["content"]
+
+
+def test_a_sentence_is_no_wrong_value_of_a_reading_question_on_a_term():
+    entities = {name: Entity(name, f"{name}号扁平疣", "疾病") for name in "甲乙"}
+    facts = [Fact("f1", "甲", "prognosis", "98%"), Fact("f2", "乙", "prognosis", "多数可治愈，少数复发。")]
+    rows = list(reading_pair_rows(prepare(Graph(entities, facts)), 40))
+    assert not [row for row in rows if "多数可治愈" in row["rejected"][0]["content"]]
+
+
+def test_examples_are_listed_as_examples(ours):
+    """列举几种他汀类药物。 is not answered by 是阿托伐他汀。"""
+    rows = [row for key in ours.heads if key[0] == "drug_class" for row in reverse_rows(*key, ours)]
+    assert rows and not [row for row in rows if row["messages"][1]["content"].startswith("是")]
 
 
 def test_relations_with_the_same_value_make_no_pair_of_equals():
