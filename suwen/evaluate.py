@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.benchmarks.extraction import VERSION as EXTRACTION_VERSION
-from suwen.benchmarks.task import TOO_LONG, Candidates, Item, Items, Record, Task, read_items
+from suwen.benchmarks.task import TOO_LONG, Candidates, Item, Items, Record, Task, longest_answer, read_items
 from suwen.comparison import compare_folders, summarise_run
 from suwen.prompts import AnswerFile, folder_state, run_difference, run_record, set_aside, with_system_prompt
 from suwen.readers import find_files, hash_file
@@ -235,7 +235,7 @@ def run_mode(
     served: Served | None, ask: Ask, settings: Settings,
 ) -> tuple[int, float]:  # fmt: skip
     """Ask what is not yet answered; returns how many items that were, and the seconds it took."""
-    longest = settings.max_new_tokens or task.max_new_tokens
+    longest = settings.max_new_tokens or longest_answer(task, items)
     identity = identity | {"task": [task.name, task.version], "items": hash_items(items)}
     if mode == "generate":
         identity |= {"max_new_tokens": longest, "system_prompt": settings.system_prompt}

@@ -10,6 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 import evaluation
 from suwen import evaluate, experiment_table
 from suwen.benchmarks import TASK_SETS, TASKS
+from suwen.benchmarks.task import longest_answer, read_items
 from suwen.encoding import ChatEncoder
 from suwen.fact_items import preference_items
 from suwen.fictional import assign_groups, fictional_graph
@@ -132,6 +133,58 @@ def test_retrieved_items_are_asked_with_their_passages_as_a_served_model_is():
     assert evaluate.hash_items([item]) != evaluate.hash_items(task.parse(row | {"passages": row["passages"][1:]}))
     with pytest.raises(ValueError, match="expected passages and gold"):
         task.parse({"question": "甲病吃什么药？", "answers": ["泽朗平"], "group": "C"})
+
+
+def test_every_evaluation_file_of_a_build_is_asked_by_a_named_task(tmp_path):
+    flags = ["--recipe", "fictional", "--size", "40", "--num_proc", "1", "--output_dir", str(tmp_path / "data")]
+    build_data.main(flags)
+    folder = tmp_path / "data" / "evaluation"
+    asked = {pattern: task for task in TASKS.values() for pattern in task.patterns if task.name.endswith(("_A", "_B"))}
+    for file in folder.glob("*.jsonl"):
+        assert file.name in asked or file.name == "passage.jsonl", f"{file.name} is asked by no task"
+    for kind in ("open_book", "reverse_recall", "graph_exam"):
+        assert TASK_SETS[kind] == tuple(f"{kind}_{group}" for group in "ABC")
+        for task in evaluate.parse_tasks(kind):
+            items = read_items(task, evaluate.find_task_files(task, str(folder), {})).items
+            assert items and all(item.groups["relation"] for item in items)
+
+
+def test_open_book_asks_with_the_right_passage_and_reverse_recall_names_all_entities():
+    row = {"question": "甲病吃什么药？", "answers": ["泽朗平"], "group": "A", "gold": 0}
+    row["passages"] = [{"title": "甲病", "text": "甲病要用泽朗平。"}]
+    task = TASKS["open_book_A"]
+    (item,) = task.parse(row)
+    assert "[1] 甲病\n甲病要用泽朗平。" in task.ask(item) and task.judge(item, "泽朗平[1]。")["correct"]
+    task = TASKS["reverse_recall_B"]
+    row = {"question": "泽朗平是针对哪些病的药？", "answers": ["甲病", "乙病"], "relation": "drug", "group": "B"}
+    other = {"question": "维舒定是针对哪些病的药？", "answers": ["丙病"], "relation": "drug", "group": "B"}
+    item, _ = task.complete([found for each in (row, other) for found in task.parse(each)])
+    answers = ["乙病和甲病。", "甲病。", "甲病、乙病、丙病。"]
+    assert [task.judge(item, answer)["correct"] for answer in answers] == [True, False, False]
+
+
+def test_exam_items_of_a_graph_are_asked_as_cmexam_is():
+    row = {"Question": "甲病的用药是", "Options": "A 泽朗平\nB 维舒定\nC 铂锐宁", "Answer": "AC"}
+    row |= {"relation": "drug", "group": "C"}
+    task, cmexam = TASKS["graph_exam_C"], TASKS["cmexam"]
+    (item,) = task.parse(row)
+    assert item.target == "AC" and item.groups["relation"] == "drug" and not TASKS["graph_exam_A"].parse(row)
+    (same,) = cmexam.parse(row)
+    assert task.modes == cmexam.modes and task.candidates(item) == cmexam.candidates(same)
+    assert task.ask(item) == cmexam.ask(same)
+
+
+def test_a_right_answer_always_has_room():
+    """A list of examinations, or how a drug is taken, is longer than the answers of a fictional graph."""
+    short = {"question": "甲病吃什么药？", "answers": ["泽朗平"], "group": "A"}
+    usage = "心绞痛发作时舌下含服0.5毫克，5分钟后可重复，15分钟内含服3次仍不缓解应立即拨打120"
+    lists = {"question": "查什么？", "answers": ["诊室血压测量", "动态血压监测", "血肌酐检测", "心电图"], "group": "A"}
+    for kind in ("recall", "reverse_recall"):
+        task = TASKS[f"{kind}_A"]
+        assert longest_answer(task, task.parse(short)) == 32, "as the published tables were made"
+        assert longest_answer(task, task.parse(short) + task.parse(lists)) == 24 + 2 * 23
+        assert longest_answer(task, task.parse({"question": "怎么用？", "answers": [usage]})) == 24 + 2 * len(usage)
+    assert longest_answer(TASKS["medical_qa"], []) == 512
 
 
 @pytest.mark.training

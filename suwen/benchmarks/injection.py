@@ -2,7 +2,9 @@
 
 Groups A (facts in pretraining and SFT), B (in pretraining alone) and C (in neither) are tasks of their own, so that
 each is tested by itself: recall in B shows that pretraining, not SFT, carried a fact; recall in C would show a leak.
-A model that has seen no question yet shows what it knows by choice and text, in likelihood mode.
+A model that has seen no question yet shows what it knows by choice and text, in likelihood mode. Tasks of their own
+ask the same with passages (those that retrieval finds; the right one among others), from values back to the entities,
+and as an exam.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from suwen.benchmarks.choice import parse_choice as parse_exam
+from suwen.benchmarks.exams import EXAM
 from suwen.benchmarks.facts import add_distractors, judge_fact, parse_fact
 from suwen.benchmarks.general_text import measure_text, summarise_text, unasked, whole_text
 from suwen.benchmarks.task import Candidates, Item, Record, Row, Task, rate, text_of
@@ -26,6 +30,13 @@ from suwen.statistics import bootstrap_interval
 VERSION = 1
 GROUPS = "ABC"
 SOURCE = "tools/build_data.py writes it"
+APART = ("retrieved", "open_book", "reverse_recall", "graph_exam")  # sets of their own, not in "injection"
+KINDS = ("choice", "recall", "preference", "statements", *APART)
+
+
+def kind_of(name: str) -> str:
+    """Of a task of one group."""
+    return name.rpartition("_")[0]
 
 
 def of_group(parse: Callable[[Row], list[Item]], group: str, row: Row) -> list[Item]:
@@ -96,6 +107,12 @@ def parse_retrieved(row: Row) -> list[Item]:
     return [replace(item, prompt=message["content"], groups=groups)]
 
 
+def parse_graph_exam(row: Row) -> list[Item]:
+    """A row in CMExam's form with its relation."""
+    item = parse_exam(row)
+    return [replace(item, groups=item.groups | groups_of(row))]
+
+
 # --------------------------------------------------------------------------------------------------------- preference
 
 
@@ -137,17 +154,21 @@ def injection_tasks() -> list[Task]:
             parse=partial(of_group, parse_choice, group), candidates=endings, choose=choose_ending,
             summarise=summarise_choice, headline="accuracy", patterns=("choice.jsonl",),
         ))  # fmt: skip
-        tasks.append(Task(
-            name=f"recall_{group}", title=f"Facts of group {group}: recall", **common,
-            parse=partial(of_group, parse_fact, group), complete=add_distractors,
-            ask=lambda item: item.question, judge=judge_recall,
-            summarise=summarise_recall, headline="recall", patterns=("recall.jsonl",), max_new_tokens=32, must_end=True,
-        ))  # fmt: skip
-        tasks.append(Task(
-            name=f"retrieved_{group}", title=f"Facts of group {group}: recall with what retrieval finds", **common,
-            parse=partial(of_group, parse_retrieved, group), complete=add_distractors,
-            ask=lambda item: item.prompt, judge=judge_recall, summarise=summarise_recall,
-            headline="recall", patterns=("retrieved.jsonl",), max_new_tokens=32, must_end=True,
+        for kind, title, parse in (
+            ("recall", "recall", parse_fact),
+            ("retrieved", "recall with what retrieval finds", parse_retrieved),
+            ("open_book", "recall with the right passage among others", parse_retrieved),
+            ("reverse_recall", "recall from a value to its entities", parse_fact),
+        ):
+            tasks.append(Task(
+                name=f"{kind}_{group}", title=f"Facts of group {group}: {title}", **common,
+                parse=partial(of_group, parse, group), complete=add_distractors,
+                ask=lambda item: item.prompt or item.question, judge=judge_recall, summarise=summarise_recall,
+                headline="recall", patterns=(f"{kind}.jsonl",), max_new_tokens=32, answer_room=24, must_end=True,
+            ))  # fmt: skip
+        tasks.append(replace(
+            EXAM, name=f"graph_exam_{group}", title=f"Facts of group {group}: exam in CMExam's form", **common,
+            parse=partial(of_group, parse_graph_exam, group), default_file=None, patterns=("exam.jsonl",),
         ))  # fmt: skip
         tasks.append(Task(
             name=f"preference_{group}", title=f"Facts of group {group}: right against faulty answers", **likelihood,
@@ -160,8 +181,7 @@ def injection_tasks() -> list[Task]:
             summarise=summarise_text, headline="bits per character", paired="bits", lower_is_better=True,
             patterns=("choice.jsonl",),
         ))  # fmt: skip
-    order = ("choice", "recall", "preference", "statements", "retrieved")
-    return sorted(tasks, key=lambda task: order.index(task.name.split("_")[0]))
+    return sorted(tasks, key=lambda task: KINDS.index(kind_of(task.name)))
 
 
 INJECTION = injection_tasks()

@@ -82,11 +82,23 @@ class Task:
     default_file: str | None = None  # below data/evaluation, written by this project
     patterns: tuple[str, ...] = ()  # names of the user's files, for --data_dir
     splits: tuple[str, ...] = ("test", "val", "dev")  # of several files, those of the first split that is there
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # of an answer, or more where `answer_room` says so
+    answer_room: int = 0  # tokens beside the values of a list that is asked for, whose longest one has to fit
     must_end: bool = False  # an answer that goes on to the longest one is not right: a text about everything is none
     lower_is_better: bool = False
     published: tuple[PublishedRow, ...] = ()
     source: str = ""  # where the data is to be had, under which licence
+
+
+TOKENS_A_CHARACTER = 2  # tokenizers with little Chinese need two
+
+
+def longest_answer(task: Task, items: Sequence[Item]) -> int:
+    """Tokens that an answer may have: the task's own, and enough for the longest list of values that is right."""
+    if not task.answer_room:
+        return task.max_new_tokens
+    characters = max((len("、".join(item.target)) for item in items), default=0)
+    return max(task.max_new_tokens, task.answer_room + TOKENS_A_CHARACTER * characters)
 
 
 @dataclass
