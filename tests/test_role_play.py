@@ -10,8 +10,10 @@ import pytest
 from http_server import server
 from test_api import KEY, folders, serving  # noqa: F401 (a fixture)
 
+import supervised_finetuning
 from suwen.client import Endpoint, open_client
 from suwen.data import load_rows
+from suwen.models import load_tokenizer
 from suwen.role_play import (
     CLINICIAN_KEYS,
     GOODBYE,
@@ -209,3 +211,71 @@ def test_our_own_server_plays_both_roles(folders, tmp_path):  # noqa: F811
     assert result.returncode == 0, result.stderr
     assert re.search(r"d.jsonl: \d dialogues, \d+ turns", result.stdout)
     assert "tokens: " in result.stdout and " 0 written" not in result.stdout
+
+
+TALKS = {  # by complaint: what patient and clinician say in turn
+    "咳嗽三天": ("医生，我咳嗽三天了，有点痰。", "有没有发热？", "没有发热。", "多喝水，一周不好就来检查。"),
+    "头痛半天": ("我头痛半天了，看东西怕光。", "以前这样痛过吗？", "以前也痛过。", "先在暗处休息，加重请马上就医。"),
+}  # fmt: skip
+
+
+def scripted(messages):
+    """What comes next in the talk that these messages belong to."""
+    seen = "".join(message["content"] for message in messages)
+    words = next(words for complaint, words in TALKS.items() if complaint in seen or words[0] in seen)
+    own = sum(message["role"] == "assistant" for message in messages)
+    return words[2 * own + (not is_patient({"messages": messages}))]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_model_that_ends_its_turns_plays_dialogues_on_our_own_server(tmp_path, capsys):
+    """The embedded model learns two talks by heart, asked as the tool asks, and then plays both roles."""
+    patient = {"person": "患者", "background": "无", "manner": "平和"}
+    roles = {
+        "patients": [{"name": complaint, "complaint": complaint, **patient} for complaint in TALKS],
+        "clinicians": [{"name": "医生", "person": "医生", "manner": "耐心"}],
+    }
+    words = ["--model", "base", "--rounds", "2", "--temperature", "0", "--max_new_tokens", "48"]
+    for name, rows in roles.items():
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "roles.jsonl"
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        words += [f"--{name}", str(file)]
+
+    def play_with(url, file, count):
+        build_dialogues.main([*words, "--api_base", url, "--output_file", str(file), "--count", str(count)])
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return rows, capsys.readouterr().out
+
+    with server(lambda body, number: reply(scripted(body["messages"]))) as (url, seen):
+        expected, _ = play_with(url, tmp_path / "script.jsonl", 2)
+    asked = [body["messages"] for _, _, body in seen]
+    assert len(asked) == 8 and sorted(row["messages"][0]["content"] for row in expected) == sorted(
+        talk[0] for talk in TALKS.values()
+    )
+    answered = [[*messages, {"role": "assistant", "content": scripted(messages)}] for messages in asked]
+    (tmp_path / "train").mkdir()
+    with open(tmp_path / "train" / "talks.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in answered)
+    supervised_finetuning.main(
+        ["--train_file_dir", str(tmp_path / "train"), "--output_dir", str(tmp_path / "base"), "--use_cpu"]
+        + ["--use_peft", "False", "--learning_rate", "3e-3", "--max_steps", "60", "--max_length", "512"]
+        + ["--validation_split_fraction", "0", "--num_proc", "1", "--report_to", "none", "--save_strategy", "no"]
+        + ["--cache_dir", str(tmp_path / "cache"), "--per_device_train_batch_size", "8"]
+    )
+
+    file = tmp_path / "played.jsonl"
+    with serving({"base": tmp_path / "base"}, "--max_new_tokens", "48", key=None) as (address, _):
+        (first,), shown = play_with(f"{address}/v1", file, 1)
+        assert first["messages"] == expected[0]["messages"] and first["patient"] in TALKS
+        assert f"{file}: 1 dialogues, 4 turns" in shown and "left out" not in shown
+        read, written = map(int, re.search(r"tokens: (\d+) read (\d+) written", shown.replace(",", "")).groups())
+        tokenizer = load_tokenizer(str(tmp_path / "base"))
+        turns = [tokenizer.encode(message["content"]) for message in first["messages"]]
+        assert written == sum(map(len, turns)) + 4, "each turn with its end"
+        assert read > 4 * 100
+        rows, shown = play_with(f"{address}/v1", file, 2)
+        assert f"{file}: 1 of 2 dialogues are there already" in shown
+    assert [row["messages"] for row in rows] == [row["messages"] for row in expected] and rows[0] == first
+    assert len(list(load_rows(str(file), "conversation"))) == 2
