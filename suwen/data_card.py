@@ -122,6 +122,7 @@ def render(card: dict[str, Any]) -> str:
             f"{graph['entities']:,} entities, {graph['facts']:,} facts. Inconsistencies: {graph['problems']:,}. "
             f"Left out or put right: {counts(graph['left_out'])}.",
             table(("relation", "facts", "entities", "different values", "training rows"), relations),
+            f"Facts that no evaluation asks: {counts(graph['not_evaluated'])}.",
             f"Personal data in rows made of it: {counts(graph['personal_data'])} ({card['personal_data_mode']}).",
         ]
     if card["cleaning"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,24 @@ def preference_items(entity: str, source: Source) -> Iterator[Row]:
             if pair := faulty_answer(fault, item, source, rng):
                 content = {"question": fill(question_for(fault, questions, number), item), "fault": fault}
                 yield _item("preference", number, item, source, **content, chosen=pair[0], rejected=pair[1])
+
+
+def not_evaluated(source: Source, asked: set[str]) -> Counter[str]:
+    """How many facts of the graph no evaluation item asks, by reason.
+
+    Args:
+        asked: ids of the facts of all items.
+    """
+    reasons: Counter[str] = Counter()
+    for head in source.items:
+        for item in whole_items(head, source):
+            reason = "of an entity beyond --evaluation"
+            if item.prose:
+                reason = "in texts, whose answers cannot be judged by the words they name"
+            elif (head, item.relation) in source.whole:
+                reason = f"after the first {source.rules.max_values} of a list"
+            reasons[reason] += len(set(item.facts) - asked)
+    return +reasons
 
 
 def corpus_rows(entity: str, source: Source) -> Iterator[Row]:

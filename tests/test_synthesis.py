@@ -456,6 +456,25 @@ def test_the_card_counts_rows_by_relation_duplicates_and_personal_data_of_what_i
     assert not any("王小明" in file.read_text("utf-8") for file in (tmp_path / "out").glob("[ps]*/*.jsonl"))
 
 
+def test_the_card_says_which_facts_no_evaluation_asks_and_why(tmp_path):
+    """Texts on causes and treatments, as disease tables have them, are told in training and asked in no question."""
+    file = tmp_path / "diseases.csv"
+    names = "甲乙丙丁戊己"
+    symptoms = "、".join(f"{place}痛" for place in "头颈肩胸腹腰膝踝腕肘")
+    rows = [
+        f"{name}型胃炎,{symptoms if name == '甲' else name + '处发热'},{name}病因复杂。多由受凉引起。" for name in names
+    ]
+    file.write_text("name,symptom,cause\n" + "\n".join(rows) + "\n", "utf-8")
+    words = ("--recipe", "graph", "--graph", str(file), "--num_proc", "1", "--pairs", "0", "--evaluation")
+    card = build_here(tmp_path / "all", *words, "300")
+    texts = "in texts, whose answers cannot be judged by the words they name"
+    assert card["graph"]["not_evaluated"] == {texts: 6, "after the first 8 of a list": 2}
+    page = (tmp_path / "all" / "data_card.md").read_text("utf-8")
+    assert f"Facts that no evaluation asks: after the first 8 of a list 2, {texts} 6." in page
+    few = build_here(tmp_path / "few", *words, "1")["graph"]["not_evaluated"]
+    assert few[texts] == 6 and few["of an entity beyond --evaluation"] >= 4
+
+
 def test_every_evaluation_file_is_read_back_by_the_task_that_asks_it(tmp_path):
     build_here(tmp_path / "out", "--recipe", "fictional", "--size", "12", "--passes", "2", "--num_proc", "1")
     names = {file.stem for file in (tmp_path / "out" / "evaluation").glob("*.jsonl")}

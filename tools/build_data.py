@@ -155,11 +155,14 @@ def parse_groups(text: str) -> dict[str, float]:
     return shares
 
 
-def graph_entry(graph: Any, left_out: Counter[str], told: Counter[str], personal: Counter[str]) -> dict[str, Any]:
+def graph_entry(
+    graph: Any, left_out: Counter[str], told: Counter[str], unasked: Counter[str], personal: Counter[str]
+) -> dict[str, Any]:
     """The graph's part of the data card.
 
     Args:
         told: rows of training by relation.
+        unasked: facts that no evaluation item asks, by reason.
         personal: personal data in rows made of the graph, by kind.
     """
     from suwen.knowledge_graph import check_graph
@@ -177,6 +180,7 @@ def graph_entry(graph: Any, left_out: Counter[str], told: Counter[str], personal
             for name, count in facts.most_common()
         },
         "left_out": dict(sorted(left_out.items())),
+        "not_evaluated": dict(sorted(unasked.items())),
         "personal_data": dict(sorted(personal.items())),
         "problems": sum(1 for _ in check_graph(graph)),
     }
@@ -277,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         write_retrieved,
     )
     from suwen.data_card import output_entry, render, source_entry
-    from suwen.fact_items import find_leaks
+    from suwen.fact_items import find_leaks, not_evaluated
     from suwen.mixing import test_questions
     from suwen.near_duplicates import TestItems
     from suwen.parallel import available_cores
@@ -336,6 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     write_exam_table(folder)
     leaks: list[Any] = []
     told: Counter[str] = Counter()
+    unasked: Counter[str] = Counter()
     if source is not None:
         relations = {fact.id: fact.relation for fact in graph.facts}
 
@@ -346,6 +351,8 @@ def main(argv: list[str] | None = None) -> None:
         training = ((stage, count(row)) for stage in SCHEMAS for row in stored_rows(folder, stage))
         items = [row for row in stored_rows(folder, "evaluation") if row["recipe"] != "passage"]
         leaks = list(find_leaks(training, items, source, reading))
+        if items:  # --recipe reading asks nothing at all
+            unasked = not_evaluated(source, {fact for item in items for fact in item["facts"]})
     card = {
         "recipe": given.recipe,
         "command": shlex.join(["python", "tools/build_data.py", *words]),
@@ -365,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
         },
     }
     if graph is not None:
-        card["graph"] = graph_entry(graph, left_out, told, personal)
+        card["graph"] = graph_entry(graph, left_out, told, unasked, personal)
     write_json(folder / "data_card.json", card)
     page = render(card)
     (folder / "data_card.md").write_text(page, encoding="utf-8")
