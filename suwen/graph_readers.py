@@ -45,8 +45,9 @@ class GraphBuilder:
         return found
 
     def fact(self, head: str, relation: str, value: str, tail: str = "", fact_id: str = "") -> None:
-        if not is_prose(value.rstrip("。"), relation):
-            value = value.rstrip("。")  # a term with a full stop is no sentence: 98%。 and 98% are one value
+        known = RELATIONS.get(relation)
+        if known and (known.terms or known.single or known.clauses) and not is_prose(value.rstrip("。"), relation):
+            value = value.rstrip("。")  # 98%。 and 98% are one value; 同氢氯噻嗪。 of a contraindication is a sentence
         if (head, relation, value) in self._seen:
             self.counts["fact given twice"] += 1
             return
