@@ -22,6 +22,7 @@ from suwen.synthesis import (
     Source,
     answer_wording,
     assistant,
+    excludes_others,
     fill,
     questions_of,
     reading_example,
@@ -68,6 +69,8 @@ def pair_rows(entity: str, source: Source) -> Iterator[Row]:
             one = "one wrong value" if not item.prose and len(item.values) > 1 else "wrong value"
             kind = ("wrong value", "answer to another question", one, "")[(number + index) % 4]
             kind = kind or faults[number // 4 % len(faults)]
+            if kind == "wrong value" and not excludes_others(item):
+                kind = "answer to another question"
             pair = faulty_answer(kind, item, source, rng)
             if pair is not None:
                 chosen, rejected = pair
@@ -84,7 +87,7 @@ def question_for(kind: str, wordings: Sequence[str], number: int) -> str:
 def possible_faults(item: Item) -> list[str]:
     """Faults beside a wrong answer. Clauses (usage, warnings) are no list to which something could be added."""
     faults = ["repetition", "unsafe advice"]
-    if not item.prose and not any("，" in value for value in item.values):
+    if not item.prose and excludes_others(item) and not any("，" in value for value in item.values):
         faults.append("invented extra")
         if len(item.values) >= 3:
             faults.append("omission")
@@ -96,6 +99,8 @@ def faulty_answer(kind: str, item: Item, source: Source, rng: random.Random) -> 
     wording = answer_wording(item, source, rng)
     chosen = fill(wording, item)
     values: Sequence[str] = ()  # of the rejected answer, in the same wording
+    if not excludes_others(item) and kind in ("wrong value", "one wrong value"):
+        return None
     if kind == "wrong value":
         values = _other_prose(item, source, rng) if item.prose else wrong_values(item, source, rng, len(item.values))
     elif kind == "one wrong value":
@@ -156,7 +161,7 @@ def reading_pair_rows(source: Source, count: int, groups: str = "AB") -> Iterato
         ]
         tempting = [values for values in rivals if not set(values) & set(item.values)]
         wrong = rng.choice(tempting) if tempting else wrong_values(item, source, rng, len(item.values))
-        if wrong and not item.prose:
+        if wrong and not item.prose and excludes_others(item):
             wording = answer_wording(item, source, rng)
             chosen, rejected = (fact.cite(fill(wording, item, values)) for values in (item.values, wrong))
             yield {**_row(prompt, chosen, rejected, "wrong value", item, source), "recipe": "reading pair"}

@@ -434,14 +434,18 @@ def replay_rows(entity: str, source: Source) -> Iterator[Row]:
             yield row_of("replay", row["group"], whole_items(entity, source), messages=turns(prompt, rest.strip()))
 
 
+def excludes_others(item: Item) -> bool:
+    """Whether another value of the relation would be wrong: 无传染性 and 非传染性疾病 are both right."""
+    known = RELATIONS.get(item.relation)
+    return known is None or not known.single
+
+
 PROSE_OPTION = 25  # a longer value is no option
 
 
 def has_options(item: Item) -> bool:
     """Whether a question on the item can have options: short terms, of a relation whose values exclude one another."""
-    known = RELATIONS.get(item.relation)
-    vague = item.prose or (known is not None and known.single)
-    return not vague and all(len(value) <= PROSE_OPTION for value in item.values)
+    return not item.prose and excludes_others(item) and all(len(value) <= PROSE_OPTION for value in item.values)
 
 
 @dataclass(frozen=True)

@@ -591,6 +591,20 @@ def test_a_sentence_is_no_wrong_value_of_a_reading_question_on_a_term():
     assert not [row for row in rows if "多数可治愈" in row["rejected"][0]["content"]]
 
 
+def test_what_may_be_said_in_other_words_is_no_wrong_value():
+    """Of a transmission 非传染性疾病 is as right as 无传染性, and no fault of a pair."""
+    texts = ("无传染性", "非传染性疾病", "不传染", "无传染")
+    entities = {f"e{n}": Entity(f"e{n}", f"{n}型胃炎", "疾病") for n in range(4)}
+    facts = [Fact(f"t{n}", f"e{n}", "transmission", text) for n, text in enumerate(texts)]
+    facts += [Fact(f"d{n}", f"e{n}", "department", f"{n}号门诊") for n in range(4)]
+    source = prepare(Graph(entities, facts), None, SynthesisRules(pairs_per_item=8))
+    rows = [row for head in source.items for row in pair_rows(head, source)] + list(reading_pair_rows(source, 40))
+    rows = [row for row in rows if row["facts"][0].startswith("t")]
+    assert {row["fault"] for row in rows} == {"answer to another question", "repetition", "unsafe advice"}
+    held_out = [row for head in source.items for row in preference_items(head, source)]
+    assert not [row for row in held_out if row["relation"] == "transmission" and "extra" in row["fault"]]
+
+
 def test_examples_are_listed_as_examples(ours):
     """列举几种他汀类药物。 is not answered by 是阿托伐他汀。"""
     rows = [row for key in ours.heads if key[0] == "drug_class" for row in reverse_rows(*key, ours)]
