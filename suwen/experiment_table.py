@@ -1,12 +1,14 @@
 """What each stage of an experiment changed: every model on the same held-out questions, tested item by item.
 
 The folder of a graph, outputs/pipeline/seed-1, holds evaluations of `evaluation.py --tasks injection`: start, pt/eval,
-sft/eval, ... Written are comparison.json and report.html for each graph, and for all of them stages.png and
-results.json: scores, all metrics with their intervals, the tests of what each stage changed, and means over the graphs.
+sft/eval, ... Written are comparison.json and report.html for each graph, and for all of them report.html with the plot
+stages.png, and results.json: scores, all metrics with their intervals, the tests of what each stage changed, and means.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 
 from suwen.comparison import compare_folders
 from suwen.records import write_json
-from suwen.report import format_overview
+from suwen.report import format_overview, html_table, tag, write_page
 from suwen.runs import load_run
 from suwen.statistics import compare_correct
 from suwen.tables import table
@@ -119,6 +121,32 @@ def sample_answers(folders: dict[str, Path]) -> str:
     return "\n".join(lines)
 
 
+def write_overview(
+    output_dir: Path, names: Sequence[str], stages: list[str], means: dict[str, list[dict[str, float] | None]]
+) -> Path:
+    """The page of the experiment: the plot, the means, and the way to the page of each graph."""
+
+    def cell(score: dict[str, float] | None) -> str:
+        if score is None:
+            return ""
+        spread = tag("div", f"{score['lowest']:.1f} to {score['highest']:.1f}", class_="interval")
+        return f"{score['mean']:.1f}" + (spread if len(names) > 1 else "")
+
+    picture = base64.b64encode((output_dir / "stages.png").read_bytes()).decode()
+    links = ", ".join(tag("a", html.escape(name), href=f"{name}/report.html") for name in names)
+    rows = [[html.escape(name), *map(cell, columns)] for name, columns in means.items()]
+    shown = "Mean, lowest and highest of the graphs" if len(names) > 1 else "One graph"
+    parts = [
+        tag("h1", "What each stage put into the model"),
+        f'<img src="data:image/png;base64,{picture}" alt="choice and recall by stage" style="max-width:100%">',
+        tag("p", f"{shown}; intervals, tests of each stage against the one before, and answers: {links}."),
+        html_table(["task", *stages], rows),
+    ]
+    page = output_dir / "report.html"
+    write_page(page, "Experiment: " + " → ".join(stages), parts)
+    return page
+
+
 def show(output_dir: Path, names: Sequence[str], stages: Sequence[str]) -> None:
     """Compare the evaluations of each graph and print, draw and write what came out.
 
@@ -141,6 +169,6 @@ def show(output_dir: Path, names: Sequence[str], stages: Sequence[str]) -> None:
         print(mean_table(list(stages), means, len(seeds)) + "\n")
     draw(list(stages), seeds, output_dir / "stages.png")
     write_json(output_dir / "results.json", {"stages": list(stages), "means": means, "seeds": results})
+    page = write_overview(output_dir, names, list(stages), means)
     print(f"some questions, and what each stage answered ({seed}):\n{sample_answers(folders)}\n")
-    pages = ", ".join(str(output_dir / name / "report.html") for name in names)
-    print(f"written: {pages}, {output_dir / 'results.json'}, {output_dir / 'stages.png'}")
+    print(f"written: {page}, {output_dir / 'results.json'}, {output_dir / 'stages.png'}")

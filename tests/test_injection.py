@@ -1,5 +1,6 @@
 """Measuring what of a graph's facts a model has taken in: tasks by group, and the table of run_pipeline.sh."""
 
+import base64
 import json
 import math
 
@@ -203,6 +204,9 @@ def test_the_table_of_the_experiment_shows_every_stage(folder, tmp_path, capsys)
     assert table[0].split() == ["task", "mode", "score", "start", "pt"]
     assert [line.split()[0] for line in table[1:]] == list(TASK_SETS["injection"])
     assert "mean of 2 seeds" in shown and "right: " in shown
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert 'href="seed-1/report.html"' in page and (tmp_path / "seed-1" / "report.html").is_file()
+    assert base64.b64encode((tmp_path / "stages.png").read_bytes()).decode() in page and "recall_B" in page
     written = json.loads((tmp_path / "results.json").read_text("utf-8"))
     found = written["seeds"]["seed-1"]
     assert found["stages"] == ["start", "pt"]

@@ -9,8 +9,9 @@
 A medical knowledge graph is invented, so that no score can come from what a model knew before, and taught by the
 launchers of this project. Facts of group A are in pretraining and SFT, those of B in pretraining alone, those of C in
 neither. After every stage the model is asked in wordings that it has never seen; with the stage `retrieval` also with
-the passages that a search finds. DIR/seed-1/report.html compares the stages, DIR/stages.png and DIR/results.json
-show all seeds. The same command again goes on where it stopped; one that needs other data needs another folder.
+the passages that a search finds. DIR/report.html, with the plot DIR/stages.png, and DIR/results.json show all seeds,
+DIR/seed-1/report.html has every test and answer of one. The same command again goes on where it stopped; one that needs
+other data needs another folder.
 
 Stages: warmup (questions on given passages, before any fact is learnt: once, in DIR/warmup, for all seeds), pt, sft,
 dpo, orpo, rm, ppo (by rm), retrieval.
