@@ -297,7 +297,7 @@ def find_damage(checkpoint: Path) -> str | None:
     for name in sorted(found):
         if name not in recorded or found[name].is_symlink():
             return f"{name} is not of this checkpoint"
-    return _find_change(checkpoint, recorded)
+    return find_change(checkpoint, recorded)
 
 
 def find_result_damage(output_dir: Path, recorded: dict[str, Any]) -> str | None:
@@ -312,10 +312,10 @@ def find_result_damage(output_dir: Path, recorded: dict[str, Any]) -> str | None
         path = output_dir / name
         if path.suffix == ".json" and not (path.is_file() and path.stat().st_size):
             return f"{name} is missing or empty"
-    return _find_change(output_dir, {name: entry for name, entry in files.items() if name.endswith(".safetensors")})
+    return find_change(output_dir, {name: entry for name, entry in files.items() if name.endswith(".safetensors")})
 
 
-def _find_change(folder: Path, recorded: dict[str, Any]) -> str | None:
+def find_change(folder: Path, recorded: dict[str, Any]) -> str | None:
     """The first of the recorded files that is missing, cut or changed."""
     names = sorted(recorded)
     for name in names:

@@ -27,6 +27,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from suwen import readers
+from suwen.cache import find_entry
+from suwen.checkpoint import publish
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
 from suwen.parallel import (
     BATCH_ROWS,
@@ -279,7 +281,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     """Read, check, choose, split and encode the data of a stage, or take the result of an earlier run.
 
     The cache key is made of the contents of the files, everything that decides which rows are used, and the encoder's
-    fingerprint: the same data under another path is found again. One process builds, the others wait for it.
+    fingerprint: the same data under another path is found again. One process builds or verifies, the others wait.
 
     Args:
         schema: one of SCHEMAS.
@@ -289,6 +291,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     Raises:
         ValueError: bad rows (see `load_rows`), or nothing left to train on.
     """
+    began = time.time()
     _check_arguments(data)
     train_sources = parse_sources(data.train_file_dir or "", "--train_file_dir")
     validation_sources: list[Source] = []
@@ -299,7 +302,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
     root = cache_root(data)
     folder = root / key[:32]
     with _locked(root, key[:32]):
-        cached = (folder / "report.json").is_file()
+        cached = find_entry(folder, began)
         if not cached:
             for stale in root.glob(f"{key[:32]}.building.*"):
                 shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed
@@ -310,7 +313,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
                     raise ValueError(f"{changed[0]}: has changed while it was read; start again")
                 (building / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), "utf-8")
                 os.chmod(building, 0o755)
-                os.rename(building, folder)
+                publish(building, folder, {})
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     report = Report.from_dict(json.loads((folder / "report.json").read_text("utf-8")))

@@ -7,6 +7,8 @@ weights; of the text itself nothing can be read from it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from suwen.grams import Codes, hash_grams, row_texts, sorted_unique, to_codes
 
 FILE = "training_data.sketch"  # no *.safetensors, which would be taken for weights
-VERSION = 1
+VERSION = 2  # 1 had no SHA-256, and is read without
 NGRAM = 13
 MOST_GRAMS = 16_000_000  # 64 MB, about 50 MB of Chinese text; of more, every second, fourth, ... gram is kept
 WAITING_GRAMS = 2_000_000  # new ones, until they are sorted in
@@ -112,14 +114,22 @@ def write_sketch(path: Path, sketch: Sketch) -> None:
 
     values = {"version": VERSION, "ngram": NGRAM, "limit": sketch.limit, "rows": sketch.rows,
               "characters": sketch.characters}  # fmt: skip
+    about = {key: str(value) for key, value in values.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(save({"grams": sketch.grams}, {key: str(value) for key, value in values.items()}))
+    temporary.write_bytes(save({"grams": sketch.grams}, about | {"sha256": _digest(sketch.grams, about)}))
     os.replace(temporary, path)
 
 
+def _digest(grams: np.ndarray, about: dict[str, str]) -> str:
+    """SHA-256 over everything that a sketch says."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(grams))
+    return digest.hexdigest()
+
+
 def load_sketch(path: Path) -> Sketch:
-    """Raises ValueError where the file is none, or of another version."""
+    """Raises ValueError where the file is none, damaged, or of another version."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -127,6 +137,9 @@ def load_sketch(path: Path) -> Sketch:
             values, grams = file.metadata() or {}, file.get_tensor("grams")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"--sketch {path}: found no sketch ({error}), expected a file that a training wrote") from None
-    if values.get("version") != str(VERSION) or values.get("ngram") != str(NGRAM):
+    recorded = values.pop("sha256", None)
+    if values.get("version") != "1" and recorded != _digest(grams, values):
+        raise ValueError(f"--sketch {path}: does not have its SHA-256, it is damaged; the training's data can be given")
+    if values.get("version") not in ("1", str(VERSION)) or values.get("ngram") != str(NGRAM):
         raise ValueError(f"--sketch {path}: of version {values.get('version')}, expected {VERSION}")
     return Sketch(grams, int(values["limit"]), int(values["rows"]), int(values["characters"]))

@@ -24,6 +24,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from suwen.batches import PAIR_COLUMNS, collate_ends, collate_pairs, collate_rows
+from suwen.cache import read_array, write_array
 from suwen.checkpoint import Saves, named_step
 from suwen.interruption import StopSignals
 from suwen.lineage import read_json
@@ -36,7 +37,7 @@ from suwen.preference import PairLogps, bradley_terry_loss, log_odds, odds_ratio
 from suwen.probe import gathered_module_by_module
 from suwen.progress import say
 from suwen.records import write_json
-from suwen.resuming import find_damage_once
+from suwen.resuming import find_damage_once, from_main
 from suwen.saved_weights import load_saved, require_saved, save_compared, state_bytes, taken_up
 
 UNLOGGED = "unlogged.json"  # in a checkpoint: what the next log line will be made of
@@ -496,16 +497,13 @@ class PairTrainer(PackedTrainer):
             numbers = hashlib.sha256(
                 b"".join(packs.packs[at].astype(np.int64).tobytes() + b";" for at in reached)
             ).hexdigest()
-            file = cache_dir / f"reference-{hashlib.sha256(f'{key} {name} {numbers}'.encode()).hexdigest()[:24]}.npy"
-            if file.is_file():
-                found = np.load(file, allow_pickle=False)
-            else:
+            file = cache_dir / f"reference-{hashlib.sha256(f'{key} {name} {numbers}'.encode()).hexdigest()[:24]}.logps"
+            first = self.args.process_index == 0
+            found = from_main([read_array(file) if first else None])  # all ranks must agree on whether it is there
+            if found is None:
                 found = self.reference_logps(packs, reached, name.removesuffix("_dataset"))
-                if self.args.process_index == 0:
-                    cache_dir.mkdir(parents=True, exist_ok=True)
-                    temporary = file.with_name(f"{file.stem}.tmp.npy")
-                    np.save(temporary, found, allow_pickle=False)
-                    temporary.replace(file)
+                if first:
+                    write_array(file, found)
             packs.rows = packs.rows.add_column("reference_logps", list(found.astype(np.float32)))
         self.accelerator.wait_for_everyone()
 

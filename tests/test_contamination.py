@@ -1,11 +1,13 @@
 """Test items planted in training data are found; what is not there is not; sketches and near-duplicates."""
 
 import json
+import os
 import random
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from test_checkpoint import flip
 
 from suwen.benchmarks import TASKS
 from suwen.benchmarks.task import read_items
@@ -196,6 +198,26 @@ def test_a_sketch_of_much_data_keeps_a_fixed_share():
     assert set(found) <= {"grams", "unknown"} and found.count("grams") > 40  # few of a text's grams may be kept
     unseen = [SoughtItem("x", row[::-1][100:300]) for row in rows[:50]]
     assert {match.kind for match in check_sketch(unseen, small)} <= {"clean", "unknown"}
+
+
+def test_every_flipped_bit_of_a_sketch_is_found(tmp_path):
+    path = tmp_path / FILE
+    write_sketch(path, build_sketch(["患者男性，四十二岁，咳嗽三天。"]))
+    for bit in range(8 * path.stat().st_size):
+        flip(path, bit)
+        with pytest.raises(ValueError, match=r"--sketch .*(SHA-256|found no sketch)"):
+            load_sketch(path)
+        flip(path, bit)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(ValueError, match="found no sketch"):
+        load_sketch(path)
+
+
+def test_a_sketch_of_the_version_without_a_hash_is_read(tmp_path):
+    sketch = build_sketch(["患者男性，四十二岁，咳嗽三天。"])
+    values = {"version": 1, "ngram": 13, "limit": sketch.limit, "rows": 1, "characters": sketch.characters}
+    save_file({"grams": sketch.grams}, tmp_path / FILE, {key: str(value) for key, value in values.items()})
+    assert np.array_equal(load_sketch(tmp_path / FILE).grams, sketch.grams)
 
 
 def test_a_file_that_is_no_sketch_is_refused(tmp_path):

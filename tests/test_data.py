@@ -11,11 +11,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_checkpoint import flip
 
+from suwen import cache, parallel, sampling
 from suwen import data as data_module
-from suwen import parallel, sampling
+from suwen.cache import find_entry
+from suwen.checkpoint import MANIFEST
 from suwen.data import Report, prepare_data
 from suwen.sampling import choose_rows, count_among, keep_on_disk, prompt_hash
+from suwen.sketch import FILE
 
 
 class Characters:
@@ -296,6 +300,45 @@ def test_of_several_processes_one_builds_and_the_others_wait(prepare, tmp_path):
     assert sorted(queue.get(timeout=60) for _ in processes) == [False, True, True]
     for process in processes:
         process.join()
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", FILE, "report.json", MANIFEST])
+@pytest.mark.parametrize("change", ["flip", "cut", "remove"])
+def test_a_damaged_entry_is_named_set_aside_and_made_again(prepare, tmp_path, capfd, name, change):
+    source = write_texts(tmp_path / "a.txt", [f"第{number}篇" for number in range(50)])
+    first = prepare("text", source, validation_split_fraction=0.2)
+    rows, held = decode(first.train), decode(first.validation)  # before their files are changed below them
+    [damaged] = tmp_path.glob(f"cache/*/{name}")
+    size = damaged.stat().st_size
+    if change == "flip":
+        flip(damaged, 4 * size)
+    elif change == "cut":
+        os.truncate(damaged, size // 2)
+    else:
+        damaged.unlink()
+    again = prepare("text", source, validation_split_fraction=0.2)
+    assert not again.report.from_cache and again.report.fingerprint == first.report.fingerprint
+    assert decode(again.train) == rows and decode(again.validation) == held
+    told = capfd.readouterr().err
+    aside = [path.name for path in tmp_path.glob("cache/damaged-*/*")]
+    if (name, change) == (MANIFEST, "remove"):  # as an entry of a version without manifests: made anew in its place
+        assert not told and not aside
+    else:
+        assert told.count("\n") == 1 and f"{damaged.parent}: damaged ({name} " in told and "made again" in told
+        assert aside == [damaged.parent.name]
+    assert prepare("text", source, validation_split_fraction=0.2).report.from_cache
+
+
+def test_of_processes_that_start_together_one_verifies(prepare, tmp_path, monkeypatch):
+    prepare("text", write_texts(tmp_path / "a.txt", range(5)))
+    [manifest] = tmp_path.glob(f"cache/*/{MANIFEST}")
+    os.utime(manifest, (0, 0))  # prepared long ago
+    verified = []
+    monkeypatch.setattr(cache, "find_change", lambda folder, files: verified.append(sorted(files)))
+    began = manifest.stat().st_mtime + 1
+    assert [find_entry(manifest.parent, began) for _ in range(3)] == [True] * 3
+    assert verified == [["report.json", "train.arrow", FILE]]
+    assert find_entry(manifest.parent, manifest.stat().st_mtime + 1) and len(verified) == 2  # another start
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

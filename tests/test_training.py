@@ -1,6 +1,7 @@
 """What a training step does: packing, accumulation, precision, the first preference loss, evaluation."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from test_checkpoint import flip
 from tiny import tiny_model, tiny_tokenizer
 from transformers import (
     BloomConfig,
@@ -217,6 +219,21 @@ def test_the_reference_is_read_from_the_disk_the_second_time(tmp_path, monkeypat
     assert first.train_dataset.rows["reference_logps"] == second.train_dataset.rows["reference_logps"]
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         train(PairTrainer, settings(tmp_path), pairs(6, seed=1))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 50, 10_000])
+def test_a_damaged_reference_is_named_set_aside_and_computed_again(tmp_path, capfd, cut):
+    first = train(PairTrainer, settings(tmp_path, max_steps=1), pairs(4))
+    [file] = tmp_path.glob("cache/*.logps")
+    content = file.read_bytes()
+    if cut:
+        os.truncate(file, max(len(content) - cut, 0))
+    else:
+        flip(file, 8 * (len(content) - 40))  # in a number
+    again = train(PairTrainer, settings(tmp_path, max_steps=1), pairs(4))
+    assert first.train_dataset.rows["reference_logps"] == again.train_dataset.rows["reference_logps"]
+    assert f"{file}: damaged (it does not have its SHA-256), moved to " in capfd.readouterr().err
+    assert file.read_bytes() == content and len(list(tmp_path.glob("cache/damaged-*/*.logps"))) == 1
 
 
 def test_the_reference_is_computed_of_pairs_that_max_steps_reaches_alone(tmp_path, monkeypatch):
