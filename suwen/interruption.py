@@ -7,9 +7,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
+from suwen.checkpoint import last_whole
 from suwen.progress import main_process, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -66,8 +70,19 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def leave(self, step: int) -> None:
-        """End the process with the code that shells give for the signal (143, 130), if one came."""
-        if self.received:
-            say(f"stopped at step {step} by {signal.Signals(self.received).name}; the same command goes on from there")
-            raise SystemExit(128 + self.received)
+    def agreed(self) -> int:
+        """The signal that any rank has received, 0 where none has; every rank takes part."""
+        if not torch.distributed.is_initialized():
+            return self.received
+        received: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(received, self.received)
+        return max(received)
+
+    def leave(self, step: int, output_dir: Path) -> None:
+        """End the process with the code that shells give for the signal (143, 130), if one came to any rank.
+
+        Every rank takes part: one that left alone would have the others wait for it.
+        """
+        if received := self.agreed():
+            say(f"stopped at step {step} by {signal.Signals(received).name}; {last_whole(output_dir)}")
+            raise SystemExit(128 + received)

@@ -89,7 +89,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         reason = train(trainer, args, start, limits, about)
     for tracker in trainer.accelerator.trackers:  # not end_training: it would leave the process group too
         tracker.finish()
-    trainer.signals.leave(trainer.step)
+    trainer.signals.leave(trainer.step, output)
     say(*stage.changed_since(data))
     updates = [entry for entry in trainer.history if "kl" in entry]
     seconds = sum(e["rollout_seconds"] + e["update_seconds"] for e in updates if e["step"] > began)
@@ -154,7 +154,7 @@ def train(
                 return f"stopped at update {trainer.step}: {reason}"
             regular = config.save_strategy != "no" and (last or trainer.step % max(1, int(config.save_steps)) == 0)
             # A signal reaches the ranks in different updates; all stop after the same one
-            stops = trainer.accelerator.reduce(torch.tensor(trainer.signals.received, device=config.device)).item() > 0
+            stops = trainer.signals.agreed() > 0
             if improved or regular or stops:
                 save_checkpoint(trainer, output, about)
             if stops:

@@ -374,7 +374,7 @@ def run_stage(
     trainer.nonfinite.choose(args.run.on_nonfinite, trainer.is_deepspeed_enabled)
     with trainer.signals:
         record["training"] = train(trainer, checkpoint)
-    trainer.signals.leave(trainer.state.global_step)
+    trainer.signals.leave(trainer.state.global_step, output)
     say(*changed_since(data))
     if trainer.eval_dataset is not None and config.eval_strategy != "no":
         # The trainer may have evaluated after the last step already.

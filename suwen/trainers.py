@@ -395,6 +395,9 @@ class PackedTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.go_on()  # where no epoch was left
+        self.stop_agreed = self.signals.agreed() > 0  # one may have come behind the last step, to some ranks
+        if self.stop_agreed:
+            self._save_checkpoint(self.model_wrapped, None)  # unless this step is saved already
         self.saves.finish()  # the best checkpoint may be loaded now
         self.saves.wait()  # a rank that left would have the launcher end the one that publishes
         limit, best = self.args.save_total_limit, self.args.load_best_model_at_end

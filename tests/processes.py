@@ -85,11 +85,17 @@ def run_ranks(
     output: Path,
     config: str,
     count: int = 2,
+    before: Callable[[Path], None] | None = None,
+    code: int = 0,
 ) -> list[str]:
     """Run a stage in `count` ranks under configs/CONFIG.yaml, as configs/launch.sh does on the CPU; FSDP2 too.
 
+    Args:
+        before: called in each rank before the stage, instead of what admits FSDP2 on the CPU.
+        code: with which all ranks must end.
+
     Returns:
-        The output of each rank, after all have ended well.
+        The output of each rank.
     """
     variables = _variables(config, count)
     if "ACCELERATE_USE_DEEPSPEED" in variables:
@@ -97,11 +103,13 @@ def run_ranks(
     else:
         variables["ACCELERATE_USE_CPU"] = "true"
     ranks = [
-        Started(stage, command, output, _admit_fsdp, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Started(stage, command, output, before or _admit_fsdp, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
     deadline = time.monotonic() + 400  # DeepSpeed compiles its part for the CPU the first time
-    while any(rank.process.is_alive() for rank in ranks) and not any(rank.process.exitcode for rank in ranks):
+    while any(rank.process.is_alive() for rank in ranks):
+        if any(rank.process.exitcode not in (None, 0, code) for rank in ranks):
+            break
         if time.monotonic() > deadline:
             break
         ranks[0].process.join(0.1)
@@ -109,7 +117,7 @@ def run_ranks(
     for rank in ranks:
         rank.process.kill()
         rank.process.join()
-    assert codes == [0] * count, "\n".join(f"code {rank.process.exitcode}: {rank.text()[-3000:]}" for rank in ranks)
+    assert codes == [code] * count, "\n".join(f"code {rank.process.exitcode}: {rank.text()[-3000:]}" for rank in ranks)
     return [rank.text() for rank in ranks]
 
 

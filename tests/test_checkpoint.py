@@ -334,7 +334,7 @@ def test_a_folder_is_held_by_one_process_and_free_when_that_one_is_dead(tmp_path
     assert hold_in_another_process(tmp_path).startswith(expected)
 
 
-def test_a_signal_is_noted_and_a_later_one_ends_the_process(monkeypatch, capfd):
+def test_a_signal_is_noted_and_a_later_one_ends_the_process(tmp_path, monkeypatch, capfd):
     with StopSignals() as signals:
         for _ in range(2):  # the second passed on by a launcher
             os.kill(os.getpid(), signal.SIGINT)
@@ -345,8 +345,9 @@ def test_a_signal_is_noted_and_a_later_one_ends_the_process(monkeypatch, capfd):
             time.sleep(1)
     assert capfd.readouterr().out.count("SIGINT: stopping after this step") == 1
     with pytest.raises(SystemExit) as end:
-        signals.leave(7)
+        signals.leave(7, tmp_path)
     assert end.value.code == 130
+    assert "stopped at step 7 by SIGINT; there is no checkpoint yet" in capfd.readouterr().out
 
 
 def test_weights_that_are_not_those_in_memory_are_found(tmp_path):

@@ -10,8 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import trials
+from processes import run_ranks
 
 from suwen.checkpoint import find_damage, list_checkpoints, named_step
+from suwen.interruption import StopSignals
+from suwen.trainers import PackedTrainer
 
 pytestmark = [pytest.mark.training, pytest.mark.distributed]
 ROOT = Path(__file__).parents[2]
@@ -76,8 +79,55 @@ def test_a_signal_to_the_launcher_stops_both_ranks_after_the_same_step(tmp_path,
     process.send_signal(signal.SIGTERM)
     code = end(process, log, timeout=90)
     text = log.read_text()
-    assert code == 143 and "by SIGTERM; the same command goes on from there" in text, text[-3000:]
+    assert code == 143 and "by SIGTERM; the last whole checkpoint is " in text, text[-3000:]
     newest = list_checkpoints(tmp_path / "out")[-1]
     assert find_damage(newest) is None and f"stopped at step {named_step(newest)} by SIGTERM" in text
     assert sorted(path.name for path in newest.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
     ledger.add("SIGTERM to the launcher of two ranks", lost_steps=0)
+
+
+def signal_one_rank_in_its_last_step(output: Path) -> None:
+    """In rank 1 alone a SIGTERM comes, when the ranks have already asked one another in the only step."""
+    ask = PackedTrainer._get_num_items_in_batch
+
+    def then_signal(trainer, *args):
+        found = ask(trainer, *args)
+        signal_rank_1()
+        return found
+
+    PackedTrainer._get_num_items_in_batch = then_signal
+
+
+def signal_one_rank_behind_its_training(output: Path) -> None:
+    noted = StopSignals.__exit__
+
+    def signal_then_exit(signals, *error):
+        signal_rank_1()
+        noted(signals, *error)
+
+    StopSignals.__exit__ = signal_then_exit
+
+
+def signal_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("stage", "when", "flags"),
+    [
+        ("sft", signal_one_rank_in_its_last_step, ("--save_strategy", "no")),
+        ("ppo", signal_one_rank_behind_its_training, ()),
+    ],
+    ids=["sft, in the last step", "ppo, behind it"],
+)
+def test_a_signal_that_one_rank_gets_at_the_end_stops_both_with_a_checkpoint(stage, when, flags, tmp_path, ledger):
+    ledger.inject("SIGTERM to one rank of two at the end")
+    base, data = trials.build_base(tmp_path / "base"), trials.write_rows(tmp_path / "rows.jsonl", stage)
+    output = tmp_path / "out"
+    command = trials.words(stage, base, data, output, "--max_steps", "1", *flags)
+    told, silent = run_ranks(stage, command, output, "ddp", before=when, code=143)
+    newest = output / "checkpoint-1"
+    assert f"stopped at step 1 by SIGTERM; the last whole checkpoint is {newest}, the same command" in told
+    assert "stopped at" not in silent and find_damage(newest) is None
+    ledger.add("SIGTERM to one rank of two at the end", lost_steps=0)
