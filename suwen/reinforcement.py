@@ -106,10 +106,12 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     best = best_evaluation(trainer.history)
     if best:
         record["best"] = best
-        record["evaluation"] = [entry for entry in trainer.history if "eval_score" in entry][-1]
+        record["evaluation"] = evaluations(trainer.history)[-1]
     keeps = True
     if reason:
         keeps, what = settle_on_best(trainer, output, best)
+        if best and keeps:
+            record["evaluation"] = next(e for e in evaluations(trainer.history) if e["step"] == best["step"])
         record["stopped"] = reason = f"{reason}. {what}"
     if keeps:
         require_finite_weights(trainer)
@@ -180,9 +182,13 @@ def log(trainer: PolicyTrainer, entry: dict[str, Any], total: int) -> None:
         sys.stdout.flush()
 
 
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in history if "eval_score" in entry]
+
+
 def best_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Update and score of the best evaluation, by the held-out reward where there is one; of equals the first."""
-    found = [entry for entry in history if "eval_score" in entry]
+    found = evaluations(history)
     if not found:
         return None
     name = "eval_held_out_reward" if "eval_held_out_reward" in found[0] else "eval_score"

@@ -377,9 +377,7 @@ def run_stage(
     trainer.signals.leave(trainer.state.global_step, output)
     say(*changed_since(data))
     if trainer.eval_dataset is not None and config.eval_strategy != "no":
-        # The trainer may have evaluated after the last step already.
-        done = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
-        record["evaluation"] = done[-1] if done else trainer.evaluate()
+        record["evaluation"] = trainer.evaluate_result()
     require_finite_weights(trainer)
     record["files"] = save_result(trainer, output, stop_token_ids)
     record["finished"] = True

@@ -82,6 +82,7 @@ class PackedTrainer(Trainer):
     collate: Callable[..., dict[str, Any]]
     run_dir: str | None = None  # where a checkpoint is being written
     weights_of: str | None = None  # with --load_best_model_at_end: what the weights at the end are, as a phrase
+    best_step: int | None = None  # whose weights they are then
     resumed_from: Path | None = None  # until its state is taken up
 
     def __init__(
@@ -364,7 +365,7 @@ class PackedTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(best))
-        self.weights_of = f"{best.name}, the best evaluation"
+        self.weights_of, self.best_step = f"{best.name}, the best evaluation", step
 
     def go_on(self) -> None:
         """Take up what had been computed, but not logged, before a checkpoint; the library has set it to nothing."""
@@ -409,6 +410,12 @@ class PackedTrainer(Trainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit, self.args.load_best_model_at_end = limit, best
+
+    def evaluate_result(self) -> dict[str, float]:
+        """What the held-out rows say of the weights at the end; it may have been logged at their step already."""
+        step = self.best_step or self.state.global_step
+        logged = [entry for entry in self.state.log_history if "eval_loss" in entry and entry["step"] == step]
+        return logged[-1] if logged else self.evaluate()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.go_on()
@@ -614,11 +621,11 @@ class RewardTrainer(PackedTrainer):
         self.scored.append(self.accelerator.gather(self.accelerator.pad_across_processes(self.measured, pad_index=-1)))
         return output
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
-        if self.eval_dataset is not None and self.args.eval_strategy != "no" and self.held_out_scores is None:
-            self.evaluate()  # resumed at its last step: the evaluation there is known, but not its scores
-        return result
+    def evaluate_result(self) -> dict[str, float]:
+        found = super().evaluate_result()
+        if self.held_out_scores is None or self.best_step not in (None, self.state.global_step):
+            self.evaluation_loop(self.get_eval_dataloader(), "scores")  # of a logged evaluation only the last is known
+        return found
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.scored: list[torch.Tensor] = []

@@ -596,6 +596,19 @@ def test_after_an_alarm_the_weights_are_those_of_the_best_evaluation(tmp_path):
     assert keeps and what == "The weights saved are those of checkpoint-4"
 
 
+def test_after_an_alarm_the_record_has_the_figures_of_the_weights_that_are_saved(base, tmp_path, monkeypatch):
+    scores = {0: 0.1, 1: 0.9, 2: 0.5}
+    evaluate = PolicyTrainer.evaluate
+    monkeypatch.setattr(PolicyTrainer, "evaluate", lambda self: evaluate(self) | {"eval_score": scores[self.step]})
+    found = reinforcement.find_alarm
+    told = lambda history, limits: "told" if history[-1]["step"] == 2 else found(history, limits)  # noqa: E731
+    monkeypatch.setattr(reinforcement, "find_alarm", told)
+    with pytest.raises(ValueError, match="stopped at update 2: told. The weights saved are those of checkpoint-1"):
+        run_ppo(base, tmp_path, "--max_steps", "3", "--eval_steps", "1")
+    record = json.loads((tmp_path / "ppo" / "run.json").read_text(encoding="utf-8"))
+    assert (record["evaluation"]["step"], record["evaluation"]["eval_score"]) == (1, 0.9)
+
+
 def test_the_held_out_reward_decides_which_evaluation_is_best():
     rows = [(1, 0.1, 0.2), (2, 0.5, 0.9), (3, 0.9, 0.1)]
     entries = [{"step": n, "eval_score": score, "eval_held_out_reward": held} for n, score, held in rows]

@@ -246,6 +246,16 @@ def test_the_held_out_scores_are_those_of_the_saved_model(base, tmp_path):
     assert record["evaluation"]["eval_score_std"] > 0
 
 
+def test_the_best_checkpoints_scores_are_reported_where_its_weights_are_saved(base, tmp_path):
+    flags = ["--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "True"]
+    record = run_rm(base, tmp_path, *flags, "--learning_rate", "0.1")  # too large for a second step
+    assert record["training"]["weights_of"] == "checkpoint-1, the best evaluation"
+    report = json.loads((tmp_path / "rm" / "score_report.json").read_text())
+    assert record["evaluation"]["step"] == 1 and report["accuracy"] == record["evaluation"]["eval_accuracy"]
+    means = [report["scores"][name]["mean"] for name in ("chosen", "rejected")]
+    assert sum(means) / 2 == pytest.approx(record["evaluation"]["eval_score_mean"], abs=1e-3)
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_backbone_trains_its_adapter_and_head(base, tmp_path, quantization):
     flags = ["--use_peft", "--quantization", quantization, "--max_steps", "6", "--learning_rate", "5e-3"]

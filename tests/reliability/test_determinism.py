@@ -83,6 +83,9 @@ def test_the_best_checkpoint_is_kept_and_its_weights_are_the_result(flags, base,
     best, *_, last = found = list_checkpoints(output)
     assert [named_step(path) for path in found] == [2, 4, 6], "the best one, and two others"
     assert trials.weights_sha256(output) == trials.weights_sha256(best) != trials.weights_sha256(last)
+    record, evaluated = read_json(output / "run.json"), [e for e in trials.history(last) if "eval_loss" in e]
+    assert record["evaluation"]["eval_loss"] == evaluated[0]["eval_loss"] != evaluated[-1]["eval_loss"]
+    assert record["evaluation"]["step"] == 2
 
 
 BEST = ("--load_best_model_at_end", "True", "--metric_for_best_model", "token_accuracy", "--greater_is_better", "False")
