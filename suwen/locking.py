@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -20,7 +21,8 @@ def hold(output_dir: Path) -> None:
     """Hold an output folder until this process ends, however it ends; held already, it stays held.
 
     The kernel drops the lock of a dead process, so that there are no stale ones. POSIX record locks and not flock:
-    they are not inherited by worker processes, which may outlive a run that is killed, and they work over NFS.
+    they are not inherited by worker processes, which may outlive a run that is killed, and they work over NFS. A
+    process that ends by itself removes the file; one that has opened it meanwhile finds that it holds another's.
 
     Raises:
         ValueError: another process holds the folder.
@@ -28,23 +30,35 @@ def hold(output_dir: Path) -> None:
     path = (output_dir / LOCK).resolve()
     if path in _held:
         return
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"note: {output_dir} is on a disk without locks ({error.strerror})", file=sys.stderr, flush=True)
-            return
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise ValueError(
-            f"--output_dir {output_dir}: in use by {owner}; wait for it, or give another --output_dir"
-        ) from None
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"note: {output_dir} is on a disk without locks ({error.strerror})", file=sys.stderr, flush=True)
+                return
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"--output_dir {output_dir}: in use by {owner}; wait for it, or give another --output_dir"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # removed by its holder between the two lines above
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     _held[path] = file
+    atexit.register(_release, path, os.getpid())
+
+
+def _release(path: Path, holder: int) -> None:
+    if os.getpid() == holder:  # not a worker that was forked
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def refuse_abandoned_builds(folder: Path) -> None:

@@ -104,11 +104,6 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         refuse_abandoned_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     if args.model.rope_scaling and args.data.max_length is None:
         raise ValueError("--rope_scaling: give the length to stretch to by --max_length")
-    if not args.run.dry_run:
-        make_output_dir(args.run.output_dir)
-        refuse_other_stage(Path(args.run.output_dir), args.stage)
-        if main_process():
-            hold(Path(args.run.output_dir))
     precision = compute_precision(library)
     if precision == "bf16" and uses_deepspeed(library) and not torch.cuda.is_available():
         precision = "fp32"  # the library refuses bf16 without a GPU unless use_cpu is set, which DeepSpeed cannot have
@@ -132,6 +127,11 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
             f"--max_length: found {length}, the model's window holds {window} tokens; give less, or --rope_scaling"
         )
     refuse_flags(config, args.model, length)
+    if not args.run.dry_run:
+        make_output_dir(args.run.output_dir)
+        refuse_other_stage(Path(args.run.output_dir), args.stage)
+        if main_process():
+            hold(Path(args.run.output_dir))
     return start, precision, length
 
 

@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, and a run goes on from the newest that verifies."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from suwen.checkpoint import (
     set_aside,
 )
 from suwen.interruption import StopSignals
-from suwen.locking import hold, refuse_abandoned_builds
+from suwen.locking import LOCK, hold, refuse_abandoned_builds
 from suwen.records import command_without_secrets, without_secrets
 from suwen.resuming import at_its_place
 from suwen.saved_weights import require_equal, require_saved, save_compared, taken_up
@@ -330,6 +331,25 @@ def test_a_folder_is_held_by_one_process_and_free_when_that_one_is_dead(tmp_path
         assert hold_in_another_process(tmp_path) == "held"
     for _ in range(2):  # a run after another in one process
         hold(tmp_path)
+    expected = f"ValueError: --output_dir {tmp_path}: in use by process {os.getpid()} on "
+    assert hold_in_another_process(tmp_path).startswith(expected)
+
+
+def test_a_process_that_ends_by_itself_leaves_no_lock(tmp_path):
+    assert hold_in_another_process(tmp_path) == "held" and not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_its_holder_removes_while_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    lock = fcntl.lockf
+    removed = []
+
+    def remove_then_lock(file, how):
+        if not removed:
+            removed.append((tmp_path / LOCK).unlink())  # as its holder does at its end, between opening and locking
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_then_lock)
+    hold(tmp_path)
     expected = f"ValueError: --output_dir {tmp_path}: in use by process {os.getpid()} on "
     assert hold_in_another_process(tmp_path).startswith(expected)
 

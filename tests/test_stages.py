@@ -447,6 +447,13 @@ def test_a_mistake_gets_one_line(words, expected, base, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("words", [["--model_name_or_path", "outputs/none"], ["--max_length", "100000"], ["--fp16"]])
+def test_a_model_or_flag_that_is_refused_makes_no_folder(words, base, tmp_path):
+    with pytest.raises(ValueError):
+        run_stage("sft", base, tmp_path, *words)
+    assert not (tmp_path / "sft").exists()
+
+
 @pytest.mark.parametrize("gathers", [None, False, "auto"])
 def test_an_engine_that_would_save_no_model_is_refused(gathers, base, tmp_path):
     config = json.loads((ROOT / "configs" / "zero3.json").read_text())
