@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from suwen.checkpoint import MANIFEST, find_change, read_manifest, set_aside
+from suwen.manifest import MANIFEST, find_change, read_manifest, set_aside
 
 
 def find_entry(folder: Path, began: float) -> bool:
-    """Whether a folder that `suwen.checkpoint.publish` has put into the cache is there, as it was written.
+    """Whether a folder that `suwen.manifest.publish` has put into the cache is there, as it was written.
 
     Its files are hashed, 1-2 GB a second, by one of the processes that start together; the others, which hold a lock
     for it one after another, believe what was written or verified since they began.

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from suwen import readers
 from suwen.cache import find_entry
-from suwen.checkpoint import publish
 from suwen.formats import EXPECTED, KNOWN_KEYS, SCHEMAS, BadRow, canonical_rows, parse_columns
+from suwen.manifest import publish
 from suwen.parallel import (
     BATCH_ROWS,
     OF_SOME_PAIRS,

@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suwen.arguments import StageArguments
-from suwen.checkpoint import (
-    find_checkpoint,
-    find_damage,
-    find_result_damage,
-    identity_difference,
-    read_manifest,
-    result_weights,
-    set_aside,
-)
+from suwen.checkpoint import find_checkpoint, identity_difference
 from suwen.lineage import read_json
+from suwen.manifest import find_damage, read_manifest, set_aside
 from suwen.progress import main_process, say
 from suwen.rescale import engine_in_use, fit_processes
+from suwen.results import find_result_damage, result_weights
 
 if TYPE_CHECKING:
     from suwen.data import PreparedData

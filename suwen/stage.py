@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from suwen import attention, planning
 from suwen.arguments import StageArguments
-from suwen.checkpoint import UNFINISHED, checkpoint_step, explained_writing, publish_result, remove_unfinished
+from suwen.checkpoint import UNFINISHED, checkpoint_step, explained_writing, remove_unfinished
 from suwen.data import changed_files
 from suwen.generation import window_of
 from suwen.lineage import describe_lineage, find_start, is_adapter_dir, read_json
@@ -46,6 +46,7 @@ from suwen.records import (
     write_json,
 )
 from suwen.rescale import engine_in_use
+from suwen.results import publish_result
 from suwen.resuming import about_run, finished_before, identity, resume_from
 from suwen.stage_tasks import AskTasks, ask_result, ask_saved, check_tasks
 

@@ -17,24 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.file_baton import FileBaton
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from suwen import checkpoint as module
 from suwen import interruption
-from suwen.checkpoint import (
-    MANIFEST,
-    UNFINISHED,
-    Saves,
-    find_checkpoint,
-    find_damage,
-    find_result_damage,
-    identity_difference,
-    list_checkpoints,
-    publish_result,
-    read_manifest,
-    set_aside,
-)
+from suwen.checkpoint import UNFINISHED, Saves, find_checkpoint, identity_difference, list_checkpoints
 from suwen.interruption import StopSignals
 from suwen.locking import LOCK, hold, refuse_abandoned_builds
+from suwen.manifest import MANIFEST, files_below, find_damage, read_manifest, set_aside
 from suwen.records import command_without_secrets, without_secrets
+from suwen.results import find_result_damage, publish_result
 from suwen.resuming import at_its_place
 from suwen.saved_weights import require_equal, require_saved, save_compared, taken_up
 
@@ -76,7 +65,7 @@ def flip(path: Path, bit: int) -> None:
 
 def test_every_flipped_bit_of_every_file_is_found(tmp_path):
     path = save(tmp_path, 5)
-    for file in module.files_below(path):
+    for file in files_below(path):
         for bit in range(0, 8 * file.stat().st_size, 97):
             flip(file, bit)
             assert find_damage(path), f"bit {bit} of {file.name}"

@@ -16,8 +16,8 @@ from test_checkpoint import flip
 from suwen import cache, parallel, sampling
 from suwen import data as data_module
 from suwen.cache import find_entry
-from suwen.checkpoint import MANIFEST
 from suwen.data import Report, prepare_data
+from suwen.manifest import MANIFEST
 from suwen.sampling import choose_rows, count_among, keep_on_disk, prompt_hash
 from suwen.sketch import FILE
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"template"},
     {"arguments", "formats", "readers"},
     {"encoding", "packing", "preference", "metrics", "statistics", "head", "attention", "policy_gradient"},
-    {"lineage", "rows", "checkpoint", "locking"},
+    {"lineage", "rows", "manifest", "results", "checkpoint", "locking"},
     {"models", "data", "retrieval.index"},
     {"serving", "reward", "alarms"},
     {"evaluate", "api.server", "ppo"},

@@ -16,7 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import supervised_finetuning
-from suwen.checkpoint import MANIFEST, publish, read_manifest
+from suwen.manifest import MANIFEST, publish, read_manifest
 from suwen.packing import Packs
 from suwen.rescale import engine_of, fit_processes
 from suwen.trainers import row_lengths

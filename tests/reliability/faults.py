@@ -13,8 +13,9 @@ from pathlib import Path
 
 from suwen.checkpoint import Saves
 
+PUBLISHING = ("suwen/checkpoint.py", "suwen/manifest.py")
 WATCHED = (
-    "suwen/checkpoint.py",
+    *PUBLISHING,
     "suwen/trainers.py",
     "transformers/trainer.py",
     "torch/serialization.py",
@@ -28,7 +29,7 @@ class KillInSave:
 
     Attributes:
         files: in the unfinished folder; 0 to wait for a call alone.
-        call: name of a function of `suwen.checkpoint`, or of a built-in that it calls.
+        call: name of a function of `suwen.checkpoint` or `suwen.manifest`, or of a built-in that it calls.
     """
 
     step: int
@@ -43,7 +44,7 @@ class KillInSave:
             if not file.endswith(WATCHED) or not (aside.exists() or target.exists()):
                 return
             if self.call:
-                reached = event == "c_call" and argument.__name__ == self.call and file.endswith(WATCHED[0])
+                reached = event == "c_call" and argument.__name__ == self.call and file.endswith(PUBLISHING)
                 reached |= event == "call" and frame.f_code.co_name == self.call
             else:
                 reached = sum(path.is_file() for path in aside.rglob("*")) >= self.files

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import trials
 
-from suwen.checkpoint import Saves, find_damage, list_checkpoints, named_step
+from suwen.checkpoint import Saves, list_checkpoints, named_step
 from suwen.lineage import read_json
+from suwen.manifest import find_damage
 
 pytestmark = pytest.mark.training
 LORA = ("--use_peft", "True", "--lora_dropout", "0.1")

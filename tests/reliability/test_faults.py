@@ -15,7 +15,8 @@ import pytest
 import trials
 from faults import FullFrom, KillInSave, LargestFile, drop_root
 
-from suwen.checkpoint import files_below, find_checkpoint, find_damage, list_checkpoints, named_step
+from suwen.checkpoint import find_checkpoint, list_checkpoints, named_step
+from suwen.manifest import files_below, find_damage
 
 pytestmark = pytest.mark.training
 LORA = ("--use_peft", "True", "--lora_dropout", "0.1")
@@ -76,7 +77,7 @@ def steps_logged(started: trials.Started) -> int:
 # kill -9
 
 INSIDE = [KillInSave(4, files=n) for n in range(1, 13)]
-INSIDE += [KillInSave(4, call=c) for c in ("publish", "_digest", "_flush", "rename", "rotate", "_delete", "rmtree")]
+INSIDE += [KillInSave(4, call=c) for c in ("publish", "_digest", "flush", "rename", "rotate", "_delete", "rmtree")]
 QUICK = (INSIDE[-5], INSIDE[-3])
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from suwen.checkpoint import find_damage, list_checkpoints
+from suwen.checkpoint import list_checkpoints
+from suwen.manifest import find_damage
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]

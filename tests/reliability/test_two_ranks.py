@@ -12,8 +12,9 @@ import pytest
 import trials
 from processes import run_ranks
 
-from suwen.checkpoint import find_damage, list_checkpoints, named_step
+from suwen.checkpoint import list_checkpoints, named_step
 from suwen.interruption import StopSignals
+from suwen.manifest import find_damage
 from suwen.trainers import PackedTrainer
 
 pytestmark = [pytest.mark.training, pytest.mark.distributed]
