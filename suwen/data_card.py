@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from suwen.cleaning import CleaningReport
-from suwen.composition import RowFile
+from suwen.data_folder import RowFile
 from suwen.readers import Source, hash_file
 
 KNOWN_LICENCES = re.compile(r"Apache License,\s+Version 2\.0|MIT License|CC0|CC[ -]BY[-A-Z]*(?: \d\.\d)?|GPL-\d\.\d")

@@ -16,8 +16,8 @@ import pytest
 from papers import write_docx, write_pdf
 from test_cleaning import characters
 
-from suwen.composition import PARSERS, validate
 from suwen.data import load_rows
+from suwen.data_folder import PARSERS, validate
 from suwen.fact_items import (
     PLACEHOLDER,
     choice_items,

@@ -267,20 +267,15 @@ def main(argv: list[str] | None = None) -> None:
 
     from suwen.composition import (
         PARTS,
-        SCHEMAS,
-        DataFolder,
         Shares,
         given_answers,
         graph_rows,
         look_for_personal_data,
-        stored_rows,
-        validate,
         with_own_answers,
         without_tests,
-        write_exam_table,
-        write_retrieved,
     )
     from suwen.data_card import output_entry, render, source_entry
+    from suwen.data_folder import SCHEMAS, DataFolder, stored_rows, validate, write_exam_table, write_retrieved
     from suwen.fact_items import find_leaks, not_evaluated
     from suwen.mixing import test_questions
     from suwen.near_duplicates import TestItems
