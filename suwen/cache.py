@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,12 @@ def find_entry(folder: Path, began: float) -> bool:
     for it one after another, believe what was written or verified since they began.
 
     Args:
-        began: when this process began to prepare, in seconds since the epoch.
+        began: when this process began to prepare, in seconds since the epoch; infinite to believe no other.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():  # none, or one of an earlier version, in whose place another can be published
         return False
-    if manifest.stat().st_mtime >= began:
+    if began <= manifest.stat().st_mtime <= time.time():
         return True
     try:
         damage = find_change(folder, read_manifest(folder)["files"])
@@ -34,7 +35,8 @@ def find_entry(folder: Path, began: float) -> bool:
     if damage:
         _set_aside(folder, damage)
         return False
-    os.utime(manifest)
+    now = time.time()  # of this machine, and not of one whose disk it is
+    os.utime(manifest, (now, now))
     return True
 
 

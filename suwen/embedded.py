@@ -7,13 +7,14 @@ nothing: what it can say after a stage is what that stage taught it.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from suwen.cache import find_entry
 from suwen.fictional import name_parts
+from suwen.manifest import MANIFEST, publish
 from suwen.phrasings import GENERIC, PHRASINGS
 from suwen.retrieval.grounding import CLOSING, INSTRUCTION, OPENING
 
@@ -35,7 +36,8 @@ PLACEHOLDER = re.compile(r"\{[a-z]\}")  # of a wording
 def build_embedded_model(directory: Path | None = None) -> Path:
     """Build the embedded base model, or find it already built.
 
-    The same sample files give the same bytes. Two processes may call this at once: one builds, the other waits.
+    The same sample files give the same bytes. Two processes may call this at once: one builds, the other waits. What is
+    damaged is set aside and built again.
 
     Args:
         directory: the model folder to write; default `.cache/embedded-<fingerprint>` under the project root.
@@ -67,7 +69,7 @@ def build_embedded_model(directory: Path | None = None) -> Path:
         (unfinished / "embedded.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()
-        os.replace(unfinished, target)
+        publish(unfinished, target, {})
     print(f"Built the embedded base model ({count / 1e6:.1f} million untrained parameters): {target}", flush=True)
     return target
 
@@ -130,6 +132,8 @@ def _fingerprint(chat_template: str) -> str:
 
 
 def _is_built(target: Path, fingerprint: str) -> bool:
+    if (target / MANIFEST).is_file() and not find_entry(target, math.inf):  # a build of an earlier version has none
+        return False
     try:
         return json.loads((target / "embedded.json").read_text(encoding="utf-8"))["fingerprint"] == fingerprint
     except (OSError, ValueError, KeyError, TypeError):

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -54,6 +55,18 @@ def test_a_built_model_is_not_built_again(folder, capsys):
     assert build_embedded_model(folder) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "embedded.json"])
+def test_a_damaged_model_is_named_set_aside_and_built_again(folder, tmp_path, capfd, name):
+    model = tmp_path / "base"
+    shutil.copytree(folder, model)
+    os.truncate(model / name, 50)
+    assert digests(build_embedded_model(model)) == digests(folder)
+    assert f"{model}: damaged ({name} has 50 bytes, not " in capfd.readouterr().err
+    assert len(list(tmp_path.glob(f"damaged-*/base/{name}"))) == 1
+    (model / "MANIFEST.json").unlink()  # as an earlier version left it
+    assert build_embedded_model(model) == model and not (model / "MANIFEST.json").exists()
 
 
 def test_a_killed_build_does_not_stand_in_the_way(tmp_path):
