@@ -132,3 +132,18 @@ def test_a_signal_that_one_rank_gets_at_the_end_stops_both_with_a_checkpoint(sta
     assert f"stopped at step 1 by SIGTERM; the last whole checkpoint is {newest}, the same command" in told
     assert "stopped at" not in silent and find_damage(newest) is None
     ledger.add("SIGTERM to one rank of two at the end", lost_steps=0)
+
+
+def test_two_ranks_agree_on_what_is_damaged_in_the_cache_and_train_as_without_it(tmp_path):
+    base, data = trials.build_base(tmp_path / "base"), trials.write_rows(tmp_path / "rows.jsonl", "dpo")
+    results = []
+    for name in ("whole", "damaged"):
+        command = trials.words("dpo", base, data, tmp_path / name, "--max_steps", "1")
+        told = "".join(run_ranks("dpo", command, tmp_path / name, "ddp"))
+        results.append(trials.weights_sha256(tmp_path / name))
+        assert told.count("it is made again") == (2 if name == "damaged" else 0), told
+        for file in (*tmp_path.glob("rows.jsonl.cache/*/train.arrow"), *tmp_path.glob("rows.jsonl.cache/*.logps")):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    assert results[0] == results[1]
