@@ -90,7 +90,7 @@ def by_map(given: SpeedArguments, folder: str, tokenizer: Any, cache: str) -> in
 def make_rows(folder: Path, task: str) -> str:
     from tools.build_data import main as build
 
-    build(["--recipe", "fictional", "--size", "400", "--passes", "20", "--output_dir", str(folder)])
+    build(["--recipe", "fictional", "--size", "2000", "--passes", "20", "--output_dir", str(folder)])
     return str(folder / FOLDERS[task])
 
 
