@@ -373,7 +373,7 @@ def test_an_index_holds_no_pickle_and_a_broken_one_is_refused(tmp_path):
         np.load(file, allow_pickle=False)
     assert {f.suffix for f in data.iterdir()} <= {".npy", ".json", ".jsonl", ".bin"}
     (data / "passages.jsonl").write_bytes((data / "passages.jsonl").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(ValueError, match="passages.jsonl has .* bytes, not .*; expected the index as it was built"):
         KnowledgeBase(str(tmp_path / "index"))
     build_index([str(tmp_path / "a")], str(tmp_path / "index"))  # which the next build puts right
     assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
@@ -382,6 +382,20 @@ def test_an_index_holds_no_pickle_and_a_broken_one_is_refused(tmp_path):
         KnowledgeBase(str(tmp_path / "index"))
     build_index([str(tmp_path / "a")], str(tmp_path / "index"))
     assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
+
+
+def test_every_flipped_bit_of_an_index_is_found_and_no_damaged_passage_is_taken_over(tmp_path):
+    build_index([str(write_leaflets(tmp_path / "a"))], str(tmp_path / "index"))
+    [data] = (tmp_path / "index").glob("passages-*")
+    for file in sorted(data.iterdir()):
+        whole = file.read_bytes()
+        at = len(whole) // 2
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=rf"{file.name} (does not have its SHA-256|is damaged); .* build it again"):
+            KnowledgeBase(str(tmp_path / "index"))
+        report = build_index([str(tmp_path / "a")], str(tmp_path / "index"))
+        assert report.unchanged == 0 and file.read_bytes() == whole
+        assert KnowledgeBase(str(tmp_path / "index")).search("蒙脱石散")
 
 
 def test_an_index_of_another_version_is_refused_and_built_anew(tmp_path):

@@ -1,7 +1,8 @@
 """Build an index of passages on disk; files that did not change are not read again.
 
 index.json              settings, files with their hashes, counts; written last, so that it never tells of less
-passages-<hash>/        one build: passages.jsonl, offsets.npy, BM25's arrays, embeddings.npy where asked for
+passages-<hash>/        one build: passages.jsonl, offsets.npy, BM25's arrays, embeddings.npy where asked for, and a
+                        manifest of their hashes, which are compared before an index is opened
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from suwen.manifest import find_damage, publish
 from suwen.personal_data import find_personal_data, mask_personal_data
 from suwen.readers import Refusal, find_files, hash_file
 from suwen.retrieval import passages as passages_module
@@ -27,7 +29,7 @@ from suwen.retrieval.bm25 import BLOCK_PASSAGES, PostingsBuilder, save
 from suwen.retrieval.documents import DOCUMENT_SUFFIXES, read_sections
 from suwen.retrieval.passages import Passage, Section, cut_passages
 
-FORMAT = 3
+FORMAT = 4
 # What decides the content of an index besides its documents
 VERSIONS = {"format": FORMAT, "passages": passages_module.VERSION, "terms": terms_module.VERSION}
 
@@ -190,30 +192,22 @@ def _build_before(folder: Path) -> tuple[dict[str, Any] | None, PassageStore | N
     """What index.json says, and its passages; None where there is none, or where it is damaged and to be built anew."""
     try:
         record = read_index_file(folder)
-        return record, PassageStore(folder / record["data"])
+        return record, PassageStore(whole_build(folder, record))
     except (ValueError, OSError):
         return None, None
 
 
 def _publish(folder: Path, unfinished: Path, record: dict[str, Any]) -> None:
     """Put a finished build in the place of the one before; a reader finds one or the other."""
-    for file in unfinished.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
     data = folder / record["data"]
-    if _sizes(data) != _sizes(unfinished):  # else the same content is there already
-        shutil.rmtree(data, ignore_errors=True)
-        os.replace(unfinished, data)
+    if find_damage(data):  # else the same content is there already
+        publish(unfinished, data, {})
     temporary = folder / ".index.json"
     temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "index.json")
     for other in folder.glob("passages-*"):
         if other != data:  # programs that have it open keep their memory map
             shutil.rmtree(other, ignore_errors=True)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in folder.iterdir()} if folder.is_dir() else {}
 
 
 def _sections(file: Path, name: str, refused: list[tuple[str, str]]) -> Iterator[Section]:
@@ -264,14 +258,20 @@ def read_index_file(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: not a finished index, expected one that tools/build_index.py made") from None
 
 
+def whole_build(folder: Path, record: dict[str, Any]) -> Path:
+    """The folder of the build that index.json tells of, once its files are found as they were written."""
+    data = folder / str(record["data"])
+    if damage := find_damage(data):
+        raise ValueError(f"{data}: {damage}; expected the index as it was built, build it again")
+    return data
+
+
 class PassageStore:
     """The passages of a build, by their row; read from a memory map."""
 
     def __init__(self, folder: Path) -> None:
         self.offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
         self.lines: np.ndarray = np.memmap(folder / "passages.jsonl", mode="r", dtype=np.uint8)
-        if len(self.offsets) < 2 or self.offsets[-1] != len(self.lines):
-            raise ValueError(f"{folder}: passages are cut off, expected a finished index; build it again")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

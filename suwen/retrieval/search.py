@@ -10,7 +10,7 @@ import numpy as np
 
 from suwen.retrieval.bm25 import Bm25
 from suwen.retrieval.dense import Embedder, Reranker
-from suwen.retrieval.index import VERSIONS, PassageStore, read_index_file
+from suwen.retrieval.index import VERSIONS, PassageStore, read_index_file, whole_build
 from suwen.retrieval.passages import Passage
 from suwen.retrieval.settings import RetrievalSettings
 from suwen.retrieval.terms import normalise
@@ -63,11 +63,8 @@ class KnowledgeBase:
             raise ValueError(
                 f"--knowledge_index: {folder} was built by another version of this program; build it again"
             )
-        data = Path(folder) / self.record["data"]
-        try:
-            self.store, self.bm25 = PassageStore(data), Bm25(data)
-        except OSError as error:
-            raise ValueError(f"--knowledge_index: {folder} is incomplete ({error}); build it again") from None
+        data = whole_build(Path(folder), self.record)
+        self.store, self.bm25 = PassageStore(data), Bm25(data)
         self.embedder: Embedder | None = None
         self.vectors: np.ndarray | None = None
         built_with = self.record["embedding"]
