@@ -200,10 +200,11 @@ def test_a_sketch_of_much_data_keeps_a_fixed_share():
     assert {match.kind for match in check_sketch(unseen, small)} <= {"clean", "unknown"}
 
 
-def test_every_flipped_bit_of_a_sketch_is_found(tmp_path):
+def test_a_flipped_bit_in_any_byte_of_a_sketch_is_found(tmp_path):
     path = tmp_path / FILE
     write_sketch(path, build_sketch(["患者男性，四十二岁，咳嗽三天。"]))
-    for bit in range(8 * path.stat().st_size):
+    for byte in range(path.stat().st_size):
+        bit = 8 * byte + byte % 8
         flip(path, bit)
         with pytest.raises(ValueError, match=r"--sketch .*(SHA-256|found no sketch)"):
             load_sketch(path)
