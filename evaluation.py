@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from suwen.arguments import run
+from suwen.arguments import make_folder, run
 from suwen.benchmarks import TASK_SETS, TASKS
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (
@@ -97,7 +97,7 @@ def compare(folders: list[str], output_dir: str | None) -> None:
     from suwen.report import format_comparison
 
     target = Path(output_dir or folders[-1])
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     comparison = compare_folders(folders, target / "comparison.json", target / "comparison.html")
     print(format_comparison(comparison))
     print(f"written to {target / 'comparison.html'}")
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.compare:
         compare(args.compare, args.output_dir)
         return
+    if args.output_dir:
+        make_folder(args.output_dir)
     from suwen import evaluate
     from suwen.report import format_results
 
@@ -146,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.output_dir or (f"{stage}/eval" if ours else f"outputs/{stage.name}/eval")
 
     # Evaluation: records, scores, report
+    make_folder(folder)
     if knowledge is not None:
         longest = args.max_new_tokens or ANSWER_TOKENS
         found = evaluate_retrieval(

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suwen.arguments import run
+from suwen.arguments import check_output_file, run
 from suwen.client import Endpoint, EndpointError
 from suwen.prompts import Prompt, load_prompts, with_system_prompt
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
@@ -283,6 +283,8 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the program
 
     prompts = load_prompts(args.data_file, args.system_prompt) if args.data_file else []
+    if args.data_file and not args.interactive:
+        check_output_file(args.output_file or "predictions.jsonl")
     knowledge = load_knowledge(args)
     if args.api_base:
         served: Served | Endpoint = Endpoint(args.api_base, args.model, concurrency=args.concurrency)

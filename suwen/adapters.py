@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from suwen.arguments import make_folder
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
     adapter_base,
@@ -20,7 +21,6 @@ from suwen.lineage import (
     resolve_lineage,
     weights_fingerprint,
 )
-from suwen.readers import first_line
 
 
 @dataclass
@@ -184,8 +184,5 @@ def check_output_dir(output_dir: str, inputs: list[str]) -> Path:
             )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output_dir {output_dir}: found content there, expected a new or empty folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: {first_line(error)}") from None
+    make_folder(target.parent)
     return target

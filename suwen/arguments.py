@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import os
 import re
 import sys
+import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 
@@ -452,13 +455,24 @@ NEITHER_TRAINED_NOR_WRITTEN = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose mistakes are a ValueError of one line instead of a usage page."""
+    """A parser of whole names alone, whose mistakes are a ValueError of one line instead of a usage page."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         found = re.match(r"argument (--\w*quantization): invalid choice: '(\w+)'", message)
         if found and (reason := NEITHER_TRAINED_NOR_WRITTEN.get(found[2].lower())):
             raise ValueError(f"{found[1]}: found {found[2]}, which is neither trained nor exported here: {reason}")
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(": ", 1)[1].split()[0]
+            raise ValueError(unknown_flag(word, self._option_string_actions))
         raise ValueError(message.removeprefix("argument "))
+
+
+def unknown_flag(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f"unknown flag or value {word!r}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
 def add_dataclass(parser: argparse._ArgumentGroup, cls: type) -> None:
@@ -491,7 +505,6 @@ def build_parser(description: str, *classes: type) -> OneLineParser:
     parser = OneLineParser(
         usage="%(prog)s [--flag value ...]",
         description=description,
-        allow_abbrev=False,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120),
     )
     for cls in classes:
@@ -638,6 +651,24 @@ def check_policy(given: PolicyArguments, lora: LoraArguments) -> None:
         raise ValueError("--rollout_server: weights are handed over as an adapter, add --use_peft True")
 
 
+def make_folder(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Make it; find out before the work, not after it, that nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot be written to ({error.strerror or error})") from None
+
+
+def check_output_file(path: str | Path, flag: str = "--output_file") -> None:
+    """`make_folder` for a file that grows, or will be written, in its folder."""
+    make_folder(Path(path).parent, flag)
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path}: found a folder, expected a file")
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{flag} {path}: cannot be written to ({os.strerror(errno.EACCES)})")
+
+
 def parse_library_flags(args: StageArguments) -> dict[str, Any]:
     """Values of the library flags that were given, by name; unknown ones are refused with the nearest known name."""
     from transformers import HfArgumentParser, TrainingArguments
@@ -656,9 +687,7 @@ def parse_library_flags(args: StageArguments) -> dict[str, Any]:
     if unknown:
         parts = [args.model, args.data, args.lora, args.run, *([args.own] if args.own else [])]
         known = [f"--{f.name}" for part in [*parts, TrainingArguments] for f in dataclasses.fields(part)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see --help"
-        raise ValueError(f"unknown flag or value {unknown[0]!r}{hint}")
+        raise ValueError(unknown_flag(unknown[0], known))
     return vars(namespace) | automatic
 
 

@@ -30,9 +30,7 @@ class Removed(argparse.Action):
 
 
 def serving_parser(description: str) -> OneLineParser:
-    return OneLineParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_removed_flags(parser: argparse.ArgumentParser, removed: dict[str, str]) -> None:

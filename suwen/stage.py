@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
 from suwen import attention, planning
-from suwen.arguments import StageArguments
+from suwen.arguments import StageArguments, make_folder
 from suwen.checkpoint import UNFINISHED, checkpoint_step, explained_writing, remove_unfinished
 from suwen.data import changed_files
 from suwen.generation import window_of
@@ -129,7 +128,7 @@ def begin(args: StageArguments, library: dict[str, Any]) -> tuple[str, str, int]
         )
     refuse_flags(config, args.model, length)
     if not args.run.dry_run:
-        make_output_dir(args.run.output_dir)
+        make_folder(args.run.output_dir)
         refuse_other_stage(Path(args.run.output_dir), args.stage)
         if main_process():
             hold(Path(args.run.output_dir))
@@ -177,15 +176,6 @@ def automatic_length(
 
 def runs_on_cpu(library: dict[str, Any]) -> bool:
     return bool(library.get("use_cpu")) or not torch.cuda.is_available()
-
-
-def make_output_dir(output_dir: str) -> None:
-    """Find out before the work, not after it, that nothing can be written there."""
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: cannot be written to ({first_line(error)})") from None
 
 
 def refuse_other_stage(output: Path, stage: str) -> None:

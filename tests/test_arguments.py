@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
+import evaluation
+import inference
 from suwen.arguments import (
     OddsRatioArguments,
     PreferenceArguments,
     RewardArguments,
+    check_output_file,
     parse_library_flags,
     parse_stage_arguments,
     translate_old_flags,
 )
+from tools import build_data, build_dialogues, build_index, check_contamination, experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +122,47 @@ def test_an_unknown_flag_is_refused_with_the_nearest_name():
 def test_an_abbreviation_is_not_taken_for_a_flag():
     with pytest.raises(ValueError, match="unknown flag"):
         parse_library_flags(parse("--eval_strat", "no"))
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (evaluation, "--max_sample 1"),
+        (inference, "--data_fil x"),
+        (build_dialogues, "--api_base http://x --model x --coun 3"),
+        (build_index, "--documents x --output_dir x --passage_character 9"),
+        (experiment, "--exposure 5"),
+    ],
+)
+def test_a_script_answers_half_a_name_with_the_whole_one(script, words):
+    flag = words.split()[-2]
+    with pytest.raises(ValueError, match=f"unknown flag or value '{flag}'; did you mean {flag}."):
+        script.parse_arguments(words.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (evaluation, "--base_model x --tasks facts --output_dir"),
+        (evaluation, "--compare x --output_dir"),
+        (inference, "--base_model x --data_file data/evaluation/facts.jsonl --output_file"),
+        (build_data, "--output_dir"),
+        (build_dialogues, "--api_base http://127.0.0.1:1/v1 --model x --output_file"),
+        (build_index, "--documents README.md --output_dir"),
+        (check_contamination, "--tasks facts --train_file_dir data/sft --output_dir"),
+        (experiment, "--output_dir"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_work(script, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^--output_(dir|file) {tmp_path}/file/out: cannot be written to"):
+        script.main([*words.split(), f"{tmp_path}/file/out" + ("/a.jsonl" if words.endswith("file") else "")])
+
+
+def test_a_folder_is_no_file_of_answers(tmp_path):
+    with pytest.raises(ValueError, match=f"--output_file {tmp_path}: found a folder, expected a file"):
+        check_output_file(tmp_path)
 
 
 def test_a_bare_switch_means_yes():

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.arguments import build_parser, flag, make_folder, run, split_dataclasses
 from suwen.retrieval.settings import RetrievalSettings
 
 NOTICE = "Sample data for research. No medical advice."
@@ -229,7 +229,7 @@ def prepare_graph(
 
 def empty(folder: Path) -> None:
     """Make the folder, without what an earlier build has left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path in (folder / name for name in OURS):
         if path.is_dir():
             shutil.rmtree(path)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.arguments import OneLineParser, check_output_file, run
 
 ROLES = Path(__file__).resolve().parents[1] / "data" / "roles"
 
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = ("api_base", "model", "rounds", "max_new_tokens", "temperature", "seed")
     record = {name: getattr(args, name) for name in kept}
     record["roles"] = [hash_file(args.patients), hash_file(args.clinicians)]
+    check_output_file(args.output_file)
     output = AnswerFile(args.output_file, len(scenes), record, key="messages")
     if output.done:
         print(f"{output.path}: {len(output.done)} of {len(scenes)} dialogues are there already")

@@ -19,9 +19,7 @@ from suwen.arguments import OneLineParser, run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--documents", nargs="+", required=True, metavar="PATH", help="files, folders or patterns such as 'data/*.pdf'"
     )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.arguments import OneLineParser, make_folder, run
 from suwen.readers import Refusal, Source, find_encoding, parse_sources, read_records
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ SHOWN = 10
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tasks", default="own", metavar="A,B", help="as in evaluation.py (default: the project's own)"
     )
@@ -138,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     from suwen.records import write_json
     from suwen.tables import table
 
+    make_folder(output := Path(args.output_dir))
     tasks = evaluate.parse_tasks(args.tasks)
     named = evaluate.parse_data_files(args.data_file, tasks)
     files = {task.name: evaluate.find_task_files(task, args.data_dir, named) for task in tasks}
@@ -145,8 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     # One search for all tasks; ids are made unique by the task
     items = {f"{name}\0{item.id}": as_sought(item) for name, found in read.items() for item in found.items}
     matches = dict(zip(items, find_matches(args, [i._replace(id=key) for key, i in items.items()]), strict=True))
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"searched": args.train_file_dir or args.sketch, "tasks": {}}
     rows = [["task", "items", *KINDS, "dirty"]]
     worst = []

@@ -33,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, pairs_of, run
+from suwen.arguments import OneLineParser, make_folder, pairs_of, run
 
 ROOT = Path(__file__).resolve().parents[1]
 # stage -> (launcher, its data)
@@ -275,6 +275,8 @@ def merge(folder: Path, model: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if not os.environ.get("DRY_RUN"):
+        make_folder(args.output_dir)
     began = time.monotonic()
     model = warm_up(args) if "warmup" in args.stages else args.model
     for seed in range(args.seed, args.seed + args.seeds):

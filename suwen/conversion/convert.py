@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from suwen.arguments import make_folder
 from suwen.conversion.adapters import convert_adapter
 from suwen.conversion.configs import Config, load_native
 from suwen.conversion.families import FAMILIES, NATIVE, Family, convert_config, recognise
@@ -281,7 +282,7 @@ def check_target(source: Path, output_dir: str) -> Path:
         raise ValueError(f"--output_dir {output_dir}: is the source or lies inside it, expected a folder apart from it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output_dir {output_dir}: found content there, expected a new or empty folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     return target
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from suwen.arguments import make_folder
 from suwen.manifest import find_damage, publish
 from suwen.personal_data import find_personal_data, mask_personal_data
 from suwen.readers import Refusal, find_files, hash_file
@@ -94,7 +95,7 @@ def build_index(
     ours = (folder / "index.json").is_file()
     if not ours and folder.exists() and (not folder.is_dir() or any(f.name[0] != "." for f in folder.iterdir())):
         raise ValueError(f"--output_dir: {output_dir} holds something else, expected a new folder or an index")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FileLock(folder / ".lock"):
         for left in folder.glob(".building-*"):  # of a build that was killed
             shutil.rmtree(left)
