@@ -454,6 +454,14 @@ NEITHER_TRAINED_NOR_WRITTEN = {
 }
 
 
+# What the library divides by, or multiplies with, without a look at it
+ABOVE_ZERO = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "logging_steps", "eval_steps", "save_steps",
+)  # fmt: skip
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser of whole names alone, whose mistakes are a ValueError of one line instead of a usage page."""
 
@@ -688,6 +696,11 @@ def parse_library_flags(args: StageArguments) -> dict[str, Any]:
         parts = [args.model, args.data, args.lora, args.run, *([args.own] if args.own else [])]
         known = [f"--{f.name}" for part in [*parts, TrainingArguments] for f in dataclasses.fields(part)]
         raise ValueError(unknown_flag(unknown[0], known))
+    for name, value in vars(namespace).items():
+        if name in ABOVE_ZERO and not value > 0:
+            raise ValueError(f"--{name}: found {value}, expected more than 0")
+        if name in NOT_NEGATIVE and not value >= 0:
+            raise ValueError(f"--{name}: found {value}, expected 0 or more")
     return vars(namespace) | automatic
 
 

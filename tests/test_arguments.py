@@ -119,6 +119,23 @@ def test_an_unknown_flag_is_refused_with_the_nearest_name():
         parse_library_flags(parse_stage_arguments(["--loss_typ", "ipo"], "dpo", "", {}, PreferenceArguments))
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--per_device_train_batch_size 0", "found 0, expected more than 0"),
+        ("--gradient_accumulation_steps 0", "found 0, expected more than 0"),
+        ("--num_train_epochs -2", "found -2.0, expected more than 0"),
+        ("--num_train_epochs nan", "found nan, expected more than 0"),
+        ("--logging_steps 0", "found 0.0, expected more than 0"),
+        ("--learning_rate -1", "found -1.0, expected 0 or more"),
+        ("--max_grad_norm -1", "found -1.0, expected 0 or more"),
+    ],
+)
+def test_a_number_that_the_library_would_divide_by_is_looked_at(words, expected):
+    with pytest.raises(ValueError, match=f"{words.split()[0]}: {expected}"):
+        parse_library_flags(parse(*words.split()))
+
+
 def test_an_abbreviation_is_not_taken_for_a_flag():
     with pytest.raises(ValueError, match="unknown flag"):
         parse_library_flags(parse("--eval_strat", "no"))
