@@ -29,7 +29,6 @@ def quiet_libraries() -> None:
     """Keep the libraries' routine warnings off the screen; errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    warnings.filterwarnings("ignore", message="Could not find a config file in")  # the base is a LoRA folder itself
     threading.excepthook = _thread_failed
     for name in ("transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

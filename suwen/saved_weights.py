@@ -16,6 +16,9 @@ from suwen.checkpoint import Unlike
 
 MOMENTS_BYTES = 8  # a trained parameter, before the first step: AdamW's two in float32
 MASTERS_BYTES = 4  # and DeepSpeed's own copy
+# An adapter never brings new rows of its own for the embeddings; "auto" would ask the hub how many its base had, with
+# a wait and a warning in every save where that base is a LoRA folder
+NO_EMBEDDINGS: dict[str, Any] = {"save_embedding_layers": False}
 
 
 def save_compared(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None, **options: Any) -> None:
@@ -25,6 +28,8 @@ def save_compared(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] 
         Unlike: a tensor differs, is missing, or is of another type, or there is none at all.
     """
     given = dict(state_dict) if state_dict is not None else None  # the library may empty it
+    if isinstance(model, PeftModel):
+        options |= NO_EMBEDDINGS
     model.save_pretrained(folder, state_dict=given, **options)
     require_saved(model, folder, state_dict)
 
@@ -90,7 +95,7 @@ def load_saved(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | N
 def _by_stored_name(model: Any, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     """The live tensors that a checkpoint holds, by their names in its files."""
     if isinstance(model, PeftModel):
-        return get_peft_model_state_dict(model, state_dict=state_dict)
+        return get_peft_model_state_dict(model, state_dict=state_dict, **NO_EMBEDDINGS)
     return state_dict if state_dict is not None else model.state_dict()
 
 

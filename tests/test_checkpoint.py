@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokenizer
 from torch.utils.file_baton import FileBaton
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
@@ -372,6 +375,17 @@ def test_weights_that_are_not_those_in_memory_are_found(tmp_path):
         require_equal(live | {"b": torch.ones(1)}, [file])
     with pytest.raises(RuntimeError, match="there are no weights to be saved"):
         require_equal({}, [])
+
+
+def test_an_adapter_on_an_adapter_is_saved_without_a_question_to_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    model = tiny_model(tiny_tokenizer())
+    model.name_or_path = str(tmp_path / "adapter")  # what the weights came from has no config.json
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_compared(model, tmp_path)
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if "lora" not in name]
 
 
 @pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig])
