@@ -43,6 +43,7 @@ from suwen.lineage import (
     resolve_lineage,
 )
 from suwen.lora_targets import linear_names, lora_targets, trainable_token_indices
+from suwen.network import ask_hub
 from suwen.progress import say
 from suwen.readers import first_line
 
@@ -64,6 +65,8 @@ def load_tokenizer(path: str, template_name: str | None = None) -> Any:
     folder = Path(path)
     if folder.is_dir() and is_adapter_dir(folder) and not (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(adapter_base(folder), template_name)
+    if not folder.is_dir():
+        ask_hub()
     settings, tokenizer = read_json(folder / "tokenizer_config.json"), None
     try:
         settings = settings or get_tokenizer_config(path)  # of a hub name: what AutoTokenizer would fetch
@@ -100,6 +103,8 @@ def load_config(path: str) -> Any:
 
 def config_of_lineage(base: str, adapters: list[str]) -> Any:
     """Config of a base as the last of its adapters was trained, with stretched positions where it had them."""
+    if not Path(base).is_dir():
+        ask_hub()
     try:
         content, _ = PreTrainedConfig.get_config_dict(base)  # of a hub name: what AutoConfig would fetch
         if reason := needs_code(content, base):

@@ -1,8 +1,10 @@
-"""Addresses that servers listen on."""
+"""Addresses that servers listen on, and whether the model hub answers."""
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import os
 import socket
 
 
@@ -25,3 +27,25 @@ def check_address(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}, expected a free address") from None
+
+
+@functools.cache
+def ask_hub() -> None:
+    """Ask once whether the model hub answers; where it does not, only what was downloaded before is looked at.
+
+    Its client would wait half a minute for each file, those that are here included.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    from suwen.progress import say
+    from suwen.readers import first_line
+
+    if constants.is_offline_mode():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of the library that its client asks with, which is not ours to know
+        say(f"note: {constants.ENDPOINT} cannot be reached ({first_line(error)}): only downloaded models can be read")
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by PEFT, and by processes that are started from here

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from suwen.embedded import sample_texts
 from suwen.encoding import ChatEncoder
 from suwen.lineage import require_model
 from suwen.models import load_base, load_causal_lm, load_config, load_tokenizer
+from suwen.network import ask_hub
 from tools import convert_checkpoint as convert_tool
 from tools import plan_memory
 
@@ -670,6 +672,21 @@ def test_a_hub_name_that_needs_no_code_is_read_and_one_that_cannot_be_fetched_is
     assert load_config("who/plain").hidden_size == 64
     assert load_tokenizer("who/plain").eos_token == "</s>"
     assert "couldn't connect" in refusal(load_config, "who/absent")
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_what_was_downloaded_is_read(hub, monkeypatch, capsys):
+    """Its client would try each file six times, half a minute long."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    ask_hub.cache_clear()
+    hub("who/plain", {"model_type": "llama", "hidden_size": 64})
+    started = time.monotonic()
+    assert load_config("who/plain").hidden_size == 64
+    assert load_tokenizer("who/plain").eos_token == "</s>"
+    assert "couldn't connect" in refusal(load_config, "who/absent")
+    assert time.monotonic() - started < 20
+    assert capsys.readouterr().out.count("note: http://127.0.0.1:1 cannot be reached ([Errno 111]") == 1
 
 
 def test_the_memory_plan_of_an_original_on_the_hub_is_that_of_its_converted_model(hub):

@@ -81,6 +81,7 @@ def load_config(name: str, family_name: str | None = None) -> Any:
     from suwen.conversion.weights import read_json
     from suwen.lineage import needs_code
     from suwen.memory import SIZES as NAMED
+    from suwen.network import ask_hub
 
     sizes = {size.lower(): values for size, values in NAMED.items()}
     if (named := sizes.get(name.lower())) is not None:
@@ -91,6 +92,8 @@ def load_config(name: str, family_name: str | None = None) -> Any:
             f"--model_name_or_path {name}: found no such folder or file, expected one, a hub name such as "
             f"Qwen/Qwen3-8B, or one of {', '.join(NAMED)}"
         )
+    if not path.exists():
+        ask_hub()
     content = read_json(path if path.is_file() else path / "config.json")
     try:
         content = content or PreTrainedConfig.get_config_dict(name)[0]  # of a hub name: what AutoConfig would fetch
