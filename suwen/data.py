@@ -63,6 +63,9 @@ def cache_root(data: DataArguments) -> Path:
     return Path(data.cache_dir) if data.cache_dir else CACHE_DIR
 
 
+VALIDATION = " (validation)"  # behind the names of validation files
+
+
 @dataclass
 class Report:
     """What became of every row that was read."""
@@ -101,6 +104,16 @@ class Report:
         for name, value in values.items():
             setattr(report, name, Counter(value) if isinstance(getattr(report, name), Counter) else value)
         return report
+
+    def name_as(self, contents: dict[str, str]) -> None:
+        """Call the files as this run does: a cache is of their content, which another run may have had elsewhere."""
+        if len(contents) == len(self.contents):  # else a file was given twice then or now
+            names = dict(zip(self.contents, contents, strict=True))
+            names |= {f"{old}{VALIDATION}": f"{new}{VALIDATION}" for old, new in names.items()}
+            self.files = {names.get(name, name): rows for name, rows in self.files.items()}
+            self.encodings = {names.get(name, name): label for name, label in self.encodings.items()}
+            self.refused_by_file = {names.get(name, name): rows for name, rows in self.refused_by_file.items()}
+        self.contents = contents
 
     def lines(self) -> list[str]:
         """A table for people; long lists of files are cut in the middle, the full list is in `to_dict`."""
@@ -309,6 +322,7 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
             building = Path(tempfile.mkdtemp(prefix=f"{key[:32]}.building.", dir=root))
             try:
                 report = _build(data, schema, encode, train_sources, validation_sources, contents, building)
+                report.contents = contents
                 if changed := changed_files(contents):
                     raise ValueError(f"{changed[0]}: has changed while it was read; start again")
                 (building / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), "utf-8")
@@ -317,7 +331,8 @@ def prepare_data(data: DataArguments, schema: str, encode: Any, output_dir: str 
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     report = Report.from_dict(json.loads((folder / "report.json").read_text("utf-8")))
-    report.from_cache, report.contents = cached, contents
+    report.name_as(contents)
+    report.from_cache = cached
     rejected = folder / "rejected_rows.jsonl"
     if rejected.is_file():
         target = Path(output_dir) / "rejected_rows.jsonl" if output_dir else rejected
@@ -433,7 +448,7 @@ def _build(
             return keep_on_disk(hashes(), folder), counts
 
         prompts, source_rows = survey(train_sources)
-        validation_prompts, validation_rows = survey(validation_sources, " (validation)")
+        validation_prompts, validation_rows = survey(validation_sources, VALIDATION)
         sped_up.result()  # before workers are forked
 
     fraction = None if validation_sources else data.validation_split_fraction

@@ -253,7 +253,9 @@ def test_the_second_run_takes_the_same_rows_from_the_cache_and_says_so(prepare, 
     assert any("taken from the cache" in line for line in second.report.lines())
     assert {**second.report.to_dict(), "from_cache": False} == first.report.to_dict()
     moved = write_texts(tmp_path / "elsewhere" / "b.txt", range(50))
-    assert prepare("text", moved).report.from_cache
+    third = prepare("text", moved).report
+    assert third.from_cache and list(third.files) == list(third.encodings) == [str(moved)]  # not where it was then
+    assert third.contents == {str(moved): first.report.contents[str(source)]}
 
 
 @pytest.mark.parametrize(
