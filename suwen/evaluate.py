@@ -83,8 +83,10 @@ def parse_data_files(text: str | None, tasks: Sequence[Task]) -> dict[str, list[
         name, equals, path = part.partition("=")
         if Path(part).exists() or not equals:
             if len({task.name.removesuffix("_official") for task in tasks}) > 1:
-                known = ",".join(f"{task.name}=FILE" for task in tasks)
-                raise ValueError(f"--data_file {part}: {len(tasks)} tasks are asked for, expected {known}")
+                raise ValueError(
+                    f"--data_file {part}: {len(tasks)} tasks are asked for, expected one (--tasks NAME), or the task "
+                    f"of each file, such as {tasks[0].name}={part}; the tasks are {', '.join(t.name for t in tasks)}"
+                )
             name, path = tasks[0].name, part
         if name.strip() not in {task.name for task in tasks}:
             raise ValueError(f"--data_file: {name.strip()} is not among the --tasks")

@@ -125,7 +125,8 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path, title: str, step_
             if points:
                 evaluation = key.startswith("eval_")
                 label = "held out" if evaluation else "training"
-                axis.plot(*zip(*points, strict=True), marker="o" if evaluation else "", label=label, linewidth=1.5)
+                marker = "o" if evaluation or len(points) == 1 else ""  # a line of one point is nothing
+                axis.plot(*zip(*points, strict=True), marker=marker, label=label, linewidth=1.5)
         axis.set_title(name)
         axis.set_xlabel(step_name)
         axis.grid(alpha=0.3)

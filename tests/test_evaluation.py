@@ -321,7 +321,10 @@ def test_files_are_found_by_name_and_split(tmp_path):
     [
         (["--tasks", "cmexams"], "--tasks: found cmexams"),
         (["--tasks", "cmexam"], "--tasks cmexam: needs a file"),
-        (["--tasks", "exam,facts", "--data_file", "x.csv"], "--data_file x.csv: 2 tasks"),
+        (
+            ["--tasks", "exam,facts", "--data_file", "x.csv"],
+            "2 tasks are asked for, expected one (--tasks NAME), or the task of each file, such as exam=x.csv",
+        ),
         (["--tasks", "exam", "--data_file", "facts=x.csv"], "facts is not among the --tasks"),
         (["--tasks", "cmexam", "--data_file", "missing.csv"], "--data_file: missing.csv not found"),
         (["--max_samples", "0"], "--max_samples: found 0"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from matplotlib.image import imread
 from peft import LoraConfig
 from test_checkpoint import flip
 from tiny import tiny_model, tiny_tokenizer
@@ -28,6 +29,7 @@ from suwen.head import add_scoring_head
 from suwen.models import load_base
 from suwen.nonfinite import MOST_IN_A_ROW, MOST_OVERFLOWS, NonFinite
 from suwen.probe import packing_problem
+from suwen.records import draw_curves
 from suwen.rows import rows_of_pair
 from suwen.stage import planned_steps
 from suwen.trainers import LanguageModelTrainer, PairTrainer
@@ -394,3 +396,10 @@ def test_float16_counts_as_scaled_where_the_engine_scales_and_not_accelerate(tmp
             continue
         with pytest.raises(ValueError, match="the gradient is inf"):
             trainer._get_grad_norm(trainer.model, grad_norm=math.inf)
+
+
+def test_a_curve_of_one_point_can_be_seen(tmp_path):
+    """A short run logs its first step alone."""
+    draw_curves([{"step": 1, "learning_rate": 1e-4}], tmp_path / "curves.png", "run")
+    blue = np.abs(imread(tmp_path / "curves.png")[..., :3] - np.array([0x1F, 0x77, 0xB4]) / 255).max(axis=-1) < 0.01
+    assert blue.sum() > 9
