@@ -67,7 +67,7 @@ class PolicyTrainer:
         Args:
             settings: see `PolicyArguments`.
             args: transformers' TrainingArguments.
-            train_dataset, eval_dataset: rows of `PromptRows`; None for no evaluation.
+            train_dataset, eval_dataset: rows of `PromptRows`, the latter asked `each_once`; None for no evaluation.
             rewards: what is trained on; the critic begins with the head of a reward model among them.
             held_out_rewards: only measured, at evaluations.
             peft_config: a new adapter to be trained; None to train what requires gradients.
@@ -75,7 +75,7 @@ class PolicyTrainer:
         """
         self.settings, self.args, self.encoder = settings, args, encoder
         self.processing_class = encoder.tokenizer
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset and each_once(eval_dataset)
         self.rewards, self.held_out_rewards = list(rewards), list(held_out_rewards)
         self.capacity = max_length if packing and not padding else 0
         self.padding = padding
@@ -491,6 +491,14 @@ def describe_updates(args: Any, given: Any, num_rows: int) -> str:
         f"{given.algorithm}: {planned_updates(args, given, num_rows)} updates, each of {answers} answers to "
         f"{answers // group_size(given)} prompts and {steps} optimiser steps"
     )
+
+
+def each_once(rows: Any) -> Any:
+    """The first row of each prompt and answer key: several pairs of one prompt do not make it count as often."""
+    first: dict[str, int] = {}
+    for number, (messages, item) in enumerate(zip(rows["messages"], rows["item"], strict=True)):
+        first.setdefault(json.dumps([messages, item]), number)
+    return rows.select(list(first.values()))
 
 
 SUMS = ("loss", "policy_loss", "value_loss", "clip_fraction", "policy_moved", "tokens")

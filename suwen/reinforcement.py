@@ -55,6 +55,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
     example = trainer.ask_row(data.train, 0, 0)
     say(
         *data.report.lines(),
+        *held_out_prompts(trainer, data),
         "example prompt:",
         trainer.processing_class.decode(example[2]),
         describe_updates(config, given, len(data.train)),
@@ -184,6 +185,12 @@ def log(trainer: PolicyTrainer, entry: dict[str, Any], total: int) -> None:
 
 def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in history if "eval_score" in entry]
+
+
+def held_out_prompts(trainer: PolicyTrainer, data: PreparedData) -> list[str]:
+    """How many of the held-out rows are asked, where some of them share their prompt."""
+    rows, asked = (len(found or ()) for found in (data.validation, trainer.eval_dataset))
+    return [f"  held out: {asked:,} different prompts in {rows:,} rows, each asked once"] if asked < rows else []
 
 
 def best_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -317,6 +317,19 @@ def test_the_minimal_call_leaves_all_that_is_promised(base, tmp_path, capsys):
     assert "finished already" in capsys.readouterr().out
 
 
+def test_a_held_out_prompt_that_several_pairs_share_is_asked_once(base, tmp_path, capsys):
+    """As often as it has pairs it would count in the score, and an interval would take the copies for evidence."""
+    questions = ["头痛怎么办？", "咳嗽怎么办？", "头痛怎么办？", "头痛怎么办？"]
+    rows = [{"prompt": text, "chosen": f"多休息{n}", "rejected": f"不管{n}"} for n, text in enumerate(questions)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    flags = ["--reward", "language=1.0", "--validation_file_dir", str(file), "--do_train", "False", "--do_eval"]
+    ppo_training.main(arguments(base, tmp_path, *flags))
+    lines = (tmp_path / "ppo" / "held_out_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == [0, 1]
+    assert "held out: 2 different prompts in 4 rows, each asked once" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("extra", [(), ("--use_peft", "True", "--algorithm", "rloo")], ids=["ppo", "rloo with LoRA"])
 def test_a_resumed_run_is_the_uninterrupted_one_sample_for_sample(extra, base, tmp_path, monkeypatch):
     run_ppo(base, tmp_path / "whole", *extra)
