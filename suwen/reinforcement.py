@@ -116,7 +116,7 @@ def run(trainer: PolicyTrainer, args: StageArguments, data: PreparedData, start:
         record["stopped"] = reason = f"{reason}. {what}"
     if keeps:
         require_finite_weights(trainer)
-        record["files"] = stage.save_result(trainer, output, trainer.encoder.stop_token_ids)
+        record["files"] = stage.save_result(trainer, output, trainer.encoder.stop_token_ids, record)
     record["finished"] = reason is None
     if main_process():
         shutil.rmtree(output / "rollout_adapters", ignore_errors=True)

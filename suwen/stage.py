@@ -22,6 +22,7 @@ from suwen.generation import window_of
 from suwen.lineage import describe_lineage, find_start, is_adapter_dir, read_json
 from suwen.locking import hold, refuse_abandoned_builds
 from suwen.memory import refuse_divided
+from suwen.model_card import model_card
 from suwen.models import compute_precision, load_config, positions_of, refuse_flags, without_adapter
 from suwen.nonfinite import require_finite_weights
 from suwen.preflight import require_same_data
@@ -370,7 +371,7 @@ def run_stage(
     if trainer.eval_dataset is not None and config.eval_strategy != "no":
         record["evaluation"] = trainer.evaluate_result()
     require_finite_weights(trainer)
-    record["files"] = save_result(trainer, output, stop_token_ids)
+    record["files"] = save_result(trainer, output, stop_token_ids, record)
     record["finished"] = True
     if main_process():
         draw_curves(trainer.state.log_history, output / "training_curves.png", f"{args.stage}: {start}")
@@ -464,8 +465,8 @@ def changed_since(data: PreparedData) -> list[str]:
     ]
 
 
-def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> dict[str, Any]:
-    """Write the finished model or adapter with its tokenizer and stop tokens; every rank takes part.
+def save_result(trainer: Any, output: Path, stop_token_ids: list[int], record: dict[str, Any]) -> dict[str, Any]:
+    """Write the finished model or adapter with its tokenizer, stop tokens and card; every rank takes part.
 
     It is written aside and moved when all of it is on the disk.
 
@@ -494,6 +495,8 @@ def save_result(trainer: Any, output: Path, stop_token_ids: list[int]) -> dict[s
         if stop_token_ids:
             stops = stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
             GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(aside)
+        card = model_card(record, is_adapter_dir(aside))
+        (aside / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         files = publish_result(aside, output)
         shutil.rmtree(aside.parent)
         return files

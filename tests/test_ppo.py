@@ -308,6 +308,7 @@ def test_the_minimal_call_leaves_all_that_is_promised(base, tmp_path, capsys):
     assert record["best"]["by"] == "eval_score" and "eval_score/exam" in record["evaluation"]
     assert (out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").rglob("events*")) and (out / "model.safetensors").is_file()
+    assert "# Model by reinforcement learning" in (out / "README.md").read_text(encoding="utf-8")
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {s["step"] for s in samples} == {1, 2, 3, 4} and {"messages", "answer", "scores", "kl"} <= samples[0].keys()
     assert not [key for key in load_file(out / "model.safetensors") if "value_head" in key]

@@ -320,6 +320,9 @@ def test_a_finished_run_whose_result_is_not_whole_makes_it_again_from_its_last_c
     flags = ["--max_steps", "2", "--use_peft", "True", "--eval_strategy", "no"]
     record, out = run_stage("sft", base, tmp_path, *flags), tmp_path / "sft"
     weights = out / "adapter_model.safetensors"
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "# LoRA adapter by supervised fine-tuning" in card and "Information Needed" not in card
+    assert f"`{record['data']['fingerprint']}`" in card and f"goes on from | `{record['start']}`" in card
     whole = weights.read_bytes()
     for what, damage in (
         ("adapter_model.safetensors is missing", weights.unlink),
