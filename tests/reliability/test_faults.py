@@ -154,7 +154,8 @@ def test_a_signal_saves_and_ends_with_its_code(number, code, sft, tmp_path, ledg
     wait_for(started, lambda: steps_logged(started) >= 1)
     os.kill(started.process.pid, number)
     assert started.wait() == code, started.text()[-3000:]
-    assert f"by {number.name}; the same command goes on" in started.text() and "Traceback" not in started.text()
+    assert f"by {number.name}; the last whole checkpoint is {output}" in started.text()
+    assert "Traceback" not in started.text()
     assert newest_whole(output) == steps_logged(started) > 0
     sft.finish(output)
     ledger.add(kind, lost_steps=0)
