@@ -98,8 +98,9 @@ def _chat(
     # Names are looked up in every row that is rendered, so a template has only those that its patterns ask for
     ahead = inside or past != newest or "ns.users" in user
     rounds = inside or bool(between) or "ns.round" in user
+    names = f"{{%- set ns = namespace(system={_expression(default)}, users=0, last_user=-1, round=0) %}}"
     lines = [
-        *([f"{{%- set ns = namespace(system={_expression(default)}, {_COUNTERS}) %}}"] if ahead or rounds else []),
+        *([names] if ahead or rounds else []),
         *(_look_ahead(system if inside else "") if ahead else []),
         *_emit(start),
         *([] if inside else _emit(default, "not messages or messages[0]['role'] != 'system'")),
@@ -128,9 +129,6 @@ def _chat(
         lines += _emit(thinking[0], "add_generation_prompt and thinking is true")
         lines += _emit(thinking[1], "add_generation_prompt and thinking is false")
     return "\n".join(lines)
-
-
-_COUNTERS = "users=0, last_user=-1, round=0"
 
 
 def _look_ahead(system: str) -> list[str]:

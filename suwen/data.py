@@ -427,7 +427,7 @@ def _build(
     encodings: dict[Path, Encoding | None] = {}
     large = sum(Path(path).stat().st_size for path in contents) >= LARGE_BYTES
     with _RejectedRows(folder / "rejected_rows.jsonl") as rejected, ThreadPoolExecutor(1) as meanwhile:
-        sped_up = meanwhile.submit(encode.speed_up if large else bool)
+        sped_up = meanwhile.submit(encode.speed_up) if large else None
 
         def survey(sources: list[Source], part: str = "") -> tuple[np.ndarray, list[int]]:
             """Check all rows; the hash of each prompt, and the number of rows of each source."""
@@ -449,7 +449,8 @@ def _build(
 
         prompts, source_rows = survey(train_sources)
         validation_prompts, validation_rows = survey(validation_sources, VALIDATION)
-        sped_up.result()  # before workers are forked
+        if sped_up:
+            sped_up.result()  # before workers are forked
 
     fraction = None if validation_sources else data.validation_split_fraction
     weights = [source.weight for source in train_sources]

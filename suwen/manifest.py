@@ -112,7 +112,7 @@ def find_damage(checkpoint: Path) -> str | None:
     del found[MANIFEST]
     for name in sorted(found):
         if name not in recorded or found[name].is_symlink():
-            return f"{name} is not of this checkpoint"
+            return f"{name} is not in its manifest"
     return find_change(checkpoint, recorded)
 
 

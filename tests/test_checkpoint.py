@@ -81,7 +81,7 @@ def test_every_flipped_bit_of_every_file_is_found(tmp_path):
     [
         (lambda path: (path / "optimizer.pt").write_bytes(b"moments"), "optimizer.pt has 7 bytes, not 350"),
         (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-        (lambda path: (path / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin is not of this checkpoint"),
+        (lambda path: (path / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin is not in its manifest"),
         (lambda path: flip(path / "optimizer.pt", 9), "optimizer.pt does not have its SHA-256"),
         (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
         (lambda path: (path / MANIFEST).write_text("{"), f"{MANIFEST} is damaged"),
@@ -104,7 +104,7 @@ def test_a_link_in_a_checkpoint_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").write_bytes(CONTENT["optimizer.pt"])
     (path / "optimizer.pt").unlink()
     (path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")
-    assert find_damage(path) == "optimizer.pt is not of this checkpoint"
+    assert find_damage(path) == "optimizer.pt is not in its manifest"
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
