@@ -62,7 +62,7 @@ def _expression(pattern: str) -> str:
     literals = [json.dumps(text, ensure_ascii=False) if text else "" for text in parts[0::2]]
     values = [_VARIABLES.get(value, value if value.isidentifier() else f"({value})") for value in parts[1::2]]
     pieces = [literals[0]] + [piece for pair in zip(values, literals[1:], strict=True) for piece in pair]
-    return " ~ ".join(filter(None, pieces)) or "''"
+    return " + ".join(filter(None, pieces)) or "''"
 
 
 def _chat(
@@ -78,7 +78,9 @@ def _chat(
     between: str = "",
     thinking: tuple[str, str] | None = None,
 ) -> str:
-    """Write a chat template from patterns (see `_expression`; `{content}` is the message, `{ns.round}` counts from 1).
+    """Write a chat template from patterns (see `_expression`).
+
+    `{content}` is the message, `{ns.round|string}` counts from 1.
 
     Args:
         user: a user message.
@@ -101,10 +103,17 @@ def _chat(
     names = f"{{%- set ns = namespace(system={_expression(default)}, users=0, last_user=-1, round=0) %}}"
     lines = [
         *([names] if ahead or rounds else []),
-        *(_look_ahead(system if inside else "") if ahead else []),
         *_emit(start),
-        *([] if inside else _emit(default, "not messages or messages[0]['role'] != 'system'")),
-        "{%- for message in messages %}",
+        "{%- if messages and messages[0]['role'] == 'system' %}",
+        "    {%- set turns = messages[1:] %}",
+        "    {%- set content = messages[0]['content'] %}",
+        *([f"    {{%- set ns.system = {_expression(system)} %}}"] if inside else _emit(system, indent=4)),
+        "{%- else %}",
+        "    {%- set turns = messages %}",
+        *([] if inside else _emit(default, indent=4)),
+        "{%- endif %}",
+        *(_LOOK_AHEAD if ahead else ()),
+        "{%- for message in turns %}",
         "    {%- set content = message['content'] %}",
         "    {%- if message['role'] == 'user' %}",
         *(["        {%- set ns.round = ns.round + 1 %}"] if rounds else []),
@@ -115,10 +124,8 @@ def _chat(
         *(_REASONING if thinking else ()),
         *_emit(newest, "loop.index0 > ns.last_user" if past != newest else "", indent=8),
         *_emit(past if past != newest else "", "loop.index0 < ns.last_user", indent=8),
-        "    {%- elif message['role'] == 'system' and loop.first %}",
-        *([] if inside else _emit(system, indent=8)),
         "    {%- else %}",
-        "        {{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ "
+        "        {{- raise_exception('a message is from ' ~ message['role'] ~ "
         "', expected user, assistant, or system as the first message') }}",
         "    {%- endif %}",
         "{%- endfor %}",
@@ -131,27 +138,6 @@ def _chat(
     return "\n".join(lines)
 
 
-def _look_ahead(system: str) -> list[str]:
-    """A loop before the first output: counts the user messages and keeps the system message, if there is a pattern."""
-    return [
-        "{%- for message in messages %}",
-        "    {%- if message['role'] == 'user' %}",
-        "        {%- set ns.users = ns.users + 1 %}",
-        "        {%- set ns.last_user = loop.index0 %}",
-        *(
-            [
-                "    {%- elif message['role'] == 'system' and loop.first %}",
-                "        {%- set content = message['content'] %}",
-                f"        {{%- set ns.system = {_expression(system)} %}}",
-            ]
-            if system
-            else []
-        ),
-        "    {%- endif %}",
-        "{%- endfor %}",
-    ]
-
-
 def _emit(pattern: str, condition: str = "", indent: int = 0) -> list[str]:
     """The line that writes a pattern, if the condition holds; no line for an empty pattern."""
     output = f"{{{{- {_expression(pattern)} }}}}"
@@ -159,6 +145,15 @@ def _emit(pattern: str, condition: str = "", indent: int = 0) -> list[str]:
     return [" " * indent + line] if pattern else []
 
 
+# Before the turns: how many are the user's, and which is the last of them
+_LOOK_AHEAD = (
+    "{%- for message in turns %}",
+    "    {%- if message['role'] == 'user' %}",
+    "        {%- set ns.users = ns.users + 1 %}",
+    "        {%- set ns.last_user = loop.index0 %}",
+    "    {%- endif %}",
+    "{%- endfor %}",
+)
 _SYSTEM_IN_USER = {
     "all": [],
     "first": ["        {%- if ns.round == 1 %}{%- set content = ns.system ~ content %}{%- endif %}"],
@@ -386,7 +381,7 @@ _ALL = [
         _chat(
             start="[gMASK]<sop>",
             system="{content}\n\n",
-            user="[Round {ns.round}]\n\n问：{content}\n\n答：",
+            user="[Round {ns.round|string}]\n\n问：{content}\n\n答：",
             header="",
             answer="{content}{eos}",
             past_answer="{content}\n\n",

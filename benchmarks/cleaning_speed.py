@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parsed = build_parser(__doc__ or "", SpeedArguments).parse_args(argv)
     (given,) = split_dataclasses(parsed, SpeedArguments)
     from suwen.cleaning import CleaningReport, CleaningRules, clean_rows
-    from suwen.data import load_rows
+    from suwen.loading import load_rows
     from suwen.mixing import test_questions
     from suwen.near_duplicates import TestItems
     from suwen.readers import parse_sources

@@ -15,8 +15,8 @@ from suwen.benchmarks.choice import parse_choice as parse_exam
 from suwen.benchmarks.facts import parse_fact
 from suwen.benchmarks.injection import parse_choice as parse_ending
 from suwen.benchmarks.injection import parse_preference, parse_retrieved
-from suwen.data import load_rows
 from suwen.formats import BadRow
+from suwen.loading import load_rows
 from suwen.readers import Refusal, find_encoding, read_records
 from suwen.retrieval.index import build_index
 from suwen.retrieval.search import KnowledgeBase

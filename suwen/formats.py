@@ -141,6 +141,14 @@ def _assistant(content: Any, reasoning: str = "", name: str = "the answer") -> M
     return message
 
 
+def _first(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The first of these values that is there and not null."""
+    for name in names:
+        if (value := fields.get(name)) is not None:
+            return value
+    return None
+
+
 def _content(value: Any, name: str) -> Any:
     """The text of OpenAI's list of content parts; any other value as it is."""
     if not isinstance(value, list):
@@ -297,15 +305,14 @@ def _turns(value: Any, name: str, changes: Counter[str]) -> list[Message]:
         place = f"{name}, turn {number}"
         if not isinstance(turn, dict):
             raise BadRow("value is not text", f"{place} is {_kind(turn)}, expected an object with role and content")
-        said = next((turn[key] for key in ("role", "from", "speaker") if turn.get(key) is not None), None)
+        said = _first(turn, ("role", "from", "speaker"))
         role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
         if role is None:
             raise BadRow("unknown role", f"{place} is from {said!r}, expected one of {', '.join(ROLES)}")
         if turn.get("tool_calls"):
             raise BadRow("unknown role", f"{place} calls a tool, expected text only")
         speakers = speakers or said in SPEAKERS
-        content = next((turn[key] for key in ("content", "value", "sentence", "text") if key in turn), None)
-        content = _content(content, place)
+        content = _content(_first(turn, ("content", "value", "sentence", "text")), place)
         if speakers and isinstance(content, str) and not content.strip():
             changes["empty sentences of dialogues left out"] += 1
         elif role == "assistant":

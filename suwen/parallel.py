@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import gc
 import hashlib
 import itertools
 import multiprocessing
@@ -62,10 +64,13 @@ def _to_table(rows: list[Row]) -> pa.Table:
         names = [*(name for name in names if name not in OF_SOME_PAIRS), *OF_SOME_PAIRS]
     columns = {}
     for name in names:
-        values = [row.get(name) for row in rows]
-        sample = next((value for value in values if value is not None), 0.0)
-        kind = pa.list_(pa.int32()) if isinstance(sample, list) else OF_SOME_PAIRS.get(name)
-        columns[name] = pa.array(values, kind)
+        values: list[Any] = [row.get(name) for row in rows]
+        if isinstance(values[0], list):  # of token ids or labels
+            flat = np.fromiter(itertools.chain.from_iterable(values), np.int32)
+            offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        else:
+            columns[name] = pa.array(values, OF_SOME_PAIRS.get(name))
     return pa.table(columns)
 
 
@@ -117,6 +122,11 @@ class ArrowFile:
             self.writer.close()
 
 
+def characters(row: Row) -> int:
+    """Of the text of a canonical row, or of its messages without the answers of a pair."""
+    return len(row["text"]) if "text" in row else sum(len(message["content"]) for message in row["messages"])
+
+
 def build_batches(rows: Iterable[Row], train_times: np.ndarray, held: np.ndarray) -> Iterator[Batch]:
     """Batches of chosen rows, either all for training (True) or all for validation (False)."""
     open_batches: dict[bool, tuple[list[Row], list[int], list[int]]] = {
@@ -131,7 +141,7 @@ def build_batches(rows: Iterable[Row], train_times: np.ndarray, held: np.ndarray
         batch, times, size = open_batches[training]
         batch.append(row)
         times.append(count)
-        size[0] += len(row["text"]) if "text" in row else 4 * sum(len(m["content"]) for m in row["messages"])
+        size[0] += characters(row) * (1 if "text" in row else 4)
         if len(batch) >= BATCH_ROWS or size[0] >= BATCH_CHARACTERS:
             yield training, batch, times
             open_batches[training] = ([], [], [0])
@@ -162,6 +172,19 @@ def _encode_item(batch: Batch, encode: Encode) -> tuple[tuple[bool, int], Result
     return (training, len(rows)), _encode_batch(encode, rows, times)
 
 
+@contextlib.contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Garbage collection passes over what is there by now, here and in workers that are forked.
+
+    It would look at every object of the libraries again and again while rows come and go, a tenth of the time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 _work: tuple[Callable[..., Any], tuple[Any, ...]] | None = None  # of a worker process
 
 
@@ -185,9 +208,16 @@ def map_in_order(function: Callable[..., Any], items: Iterable[Any], num_proc: i
     Raises:
         ValueError: of the function, or because a worker was killed.
     """
-    if num_proc == 1:
-        yield from (function(item, *arguments) for item in items)
-        return
+    with only_new_garbage():
+        if num_proc == 1:
+            yield from (function(item, *arguments) for item in items)
+        else:
+            yield from _map_in_workers(function, items, num_proc, *arguments)
+
+
+def _map_in_workers(
+    function: Callable[..., Any], items: Iterable[Any], num_proc: int, *arguments: Any
+) -> Iterator[Any]:
     # fork: the arguments need no pickling and nothing is imported again; spawned where fork does not exist
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pending: deque[concurrent.futures.Future[Any]] = deque()

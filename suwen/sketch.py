@@ -67,7 +67,7 @@ class SketchBuilder:
         self._held = 0
 
     def add(self, rows: Iterable[dict]) -> None:
-        """Read canonical rows (`suwen.data.load_rows`): every text in them, but not their place."""
+        """Read canonical rows (`suwen.loading.load_rows`): every text in them, but not their place."""
         texts, size = [], 0
         for row in rows:
             text = row_texts({key: value for key, value in row.items() if key != "where"}).replace("\0", " ")

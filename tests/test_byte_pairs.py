@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from suwen import byte_pairs
-from suwen.byte_pairs import _ALL_KNOWN, GPT2_PATTERN, BytePairs, fast_ids, find_added, find_ranks, prove, speed_up
+from suwen.byte_pairs import _ALL_KNOWN, GPT2_PATTERN, BytePairs, fast_copy, find_added, find_ranks, prove, speed_up
 from suwen.embedded import build_embedded_model
 from suwen.encoding import ChatEncoder, token_ids
 from suwen.rows import ConversationRows, DocumentRows
@@ -52,6 +52,11 @@ def tokenizer(request):
     if request.param == "tiktoken's":
         return changed(model=every_pair_merged, normalizer=lambda _: None)
     return changed(pre_tokenizer=of_gpt2) if request.param == "GPT-2's pattern" else tiny_tokenizer(CONTROL)
+
+
+def fast_ids(tokenizer, text):
+    pairs = fast_copy(tokenizer)
+    return pairs and pairs.encode(text)
 
 
 @settings(max_examples=300, deadline=None)

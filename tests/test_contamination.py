@@ -17,10 +17,10 @@ from suwen.contamination import (
     check_sketch,
     find_sketches,
 )
-from suwen.data import load_rows
 from suwen.embedded import sample_texts
 from suwen.evaluate import OWN_DATA
 from suwen.grams import hash_grams, sorted_unique, to_codes, to_text
+from suwen.loading import load_rows
 from suwen.sketch import FILE, SketchBuilder, load_sketch, write_sketch
 
 REWORDED = (

@@ -16,7 +16,8 @@ from test_checkpoint import flip
 from suwen import cache, parallel, sampling
 from suwen import data as data_module
 from suwen.cache import find_entry
-from suwen.data import Report, prepare_data
+from suwen.data import prepare_data
+from suwen.data_report import Report
 from suwen.manifest import MANIFEST
 from suwen.sampling import choose_rows, count_among, keep_on_disk, prompt_hash
 from suwen.sketch import FILE
@@ -90,6 +91,18 @@ def test_worker_processes_give_the_rows_of_one_process(prepare, tmp_path, monkey
     assert decode(alone.train) == decode(together.train)
     assert decode(alone.validation) == decode(together.validation)
     assert alone.report.fingerprint == together.report.fingerprint
+
+
+def test_rows_that_are_read_again_are_those_that_were_kept(prepare, tmp_path, monkeypatch):
+    lines = [json.dumps({"text": f"第{number}篇" * 9}, ensure_ascii=False) for number in range(200)]
+    train = write_texts(tmp_path / "a.jsonl", [*lines[:90], "{", *lines[90:160]])
+    settings = {"validation_file_dir": write_texts(tmp_path / "b.jsonl", lines[150:]), "on_bad_rows": "skip"}
+    kept = prepare("text", f"{train}:1.5", cache_dir=str(tmp_path / "1"), **settings)
+    monkeypatch.setattr(data_module, "KEPT_BYTES", 9000)  # of these rows some seven
+    again = prepare("text", f"{train}:1.5", cache_dir=str(tmp_path / "2"), **settings)
+    assert decode(kept.train) == decode(again.train) and len(kept.train) == 240
+    assert decode(kept.validation) == decode(again.validation) and len(kept.validation) == 50
+    assert kept.report.to_dict() | {"seconds": 0} == again.report.to_dict() | {"seconds": 0}
 
 
 def test_trained_tokens_are_those_with_labels(prepare, tmp_path):

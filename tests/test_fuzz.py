@@ -28,11 +28,12 @@ from suwen import formats, red_flags
 from suwen.benchmarks import TASKS
 from suwen.benchmarks.extraction import REASONS, extract_choice
 from suwen.benchmarks.task import BadRow
-from suwen.data import Report, load_rows
+from suwen.data_report import Report
 from suwen.encoding import IGNORE_INDEX, ChatEncoder
 from suwen.formats import SCHEMAS, canonical_rows, parse_columns
 from suwen.graph_readers import load_graph
 from suwen.knowledge_graph import Graph
+from suwen.loading import load_rows
 from suwen.personal_data import mask_personal_data
 from suwen.prompts import parse_prompt
 from suwen.questions import OPTION_KEYS, prompt_rows

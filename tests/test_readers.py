@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from suwen import readers
-from suwen.data import Report, load_rows
+from suwen.data_report import Report
 from suwen.formats import canonical_rows, parse_columns
+from suwen.loading import load_rows
 
 USER = {"role": "user", "content": "头痛怎么办？"}
 ANSWER = {"role": "assistant", "content": "多休息，必要时就医。"}

@@ -12,7 +12,7 @@ from test_api import KEY, folders, serving  # noqa: F401 (a fixture)
 
 import supervised_finetuning
 from suwen.client import Endpoint, open_client
-from suwen.data import load_rows
+from suwen.loading import load_rows
 from suwen.models import load_tokenizer
 from suwen.role_play import (
     CLINICIAN_KEYS,

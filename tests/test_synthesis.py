@@ -16,7 +16,6 @@ import pytest
 from papers import write_docx, write_pdf
 from test_cleaning import characters
 
-from suwen.data import load_rows
 from suwen.data_folder import PARSERS, validate
 from suwen.fact_items import (
     PLACEHOLDER,
@@ -34,6 +33,7 @@ from suwen.fictional import assign_groups, fictional_graph
 from suwen.formats import BadRow
 from suwen.graph_readers import load_graph
 from suwen.knowledge_graph import Entity, Fact, Graph
+from suwen.loading import load_rows
 from suwen.mixing import as_text, exam_messages, record_rows
 from suwen.near_duplicates import normal_form
 from suwen.pairs import MARGINS, own_answer_row, pair_rows, reading_pair_rows, scored_rows

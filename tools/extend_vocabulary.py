@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_texts(sources: str, limit: int) -> list[str]:
     """Texts of all sources, `limit` characters at most."""
-    from suwen.data import load_rows
+    from suwen.loading import load_rows
 
     texts, total = [], 0
     for row in load_rows(sources, "text"):
