@@ -18,7 +18,7 @@ import argparse
 import os
 from pathlib import Path
 
-from suwen.arguments import run
+from suwen.command_line import run
 from suwen.network import check_address, is_loopback
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (

@@ -9,7 +9,8 @@ answers become unlikely or answers begin to repeat themselves; it stops nothing 
     python dpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import PreferenceArguments, StageArguments, parse_library_flags, run
+from suwen.arguments import PreferenceArguments, StageArguments, parse_library_flags
+from suwen.command_line import run
 from suwen.entry import stage_main
 
 # 5e-7: Zephyr's DPO (Tunstall et al. 2023, arXiv:2310.16944); 5e-6 for LoRA: alignment-handbook's QLoRA recipe.

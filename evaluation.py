@@ -19,8 +19,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from suwen.arguments import make_folder, run
 from suwen.benchmarks import TASK_SETS, TASKS
+from suwen.command_line import make_folder, run
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (
     add_endpoint_flags,

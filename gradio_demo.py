@@ -21,7 +21,7 @@ import sys
 import tempfile
 from typing import Any
 
-from suwen.arguments import run
+from suwen.command_line import run
 from suwen.network import check_address, is_loopback
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge, retrieval_settings
 from suwen.serving import (

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suwen.arguments import check_output_file, run
 from suwen.client import Endpoint, EndpointError
+from suwen.command_line import check_output_file, run
 from suwen.prompts import Prompt, load_prompts, with_system_prompt
 from suwen.retrieval.flags import add_retrieval_flags, check_retrieval_flags, load_knowledge
 from suwen.serving import (

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 
 
 @dataclass

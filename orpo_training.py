@@ -7,7 +7,8 @@ no reference model; the prompt that both answers share is computed once. Dropout
     python orpo_training.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import OddsRatioArguments, StageArguments, parse_library_flags, run
+from suwen.arguments import OddsRatioArguments, StageArguments, parse_library_flags
+from suwen.command_line import run
 from suwen.entry import stage_main
 
 # 5e-6: the authors' Mistral-ORPO (Hong et al. 2024, arXiv:2403.07691, app. C); LoRA wants ten times the rate of all

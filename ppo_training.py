@@ -8,7 +8,8 @@ and reference. Prompts are those of SFT, preference and exam files, with the tur
     python ppo_training.py --model_name_or_path outputs/sft --train_file_dir data/sft --reward model:outputs/rm=1.0
 """
 
-from suwen.arguments import PolicyArguments, StageArguments, parse_library_flags, run
+from suwen.arguments import PolicyArguments, StageArguments, parse_library_flags
+from suwen.command_line import run
 from suwen.entry import stage_main
 
 # 3e-6: Huang et al. 2024 (arXiv:2403.17031), table 2; 1e-5 for LoRA, whose few weights need larger steps.

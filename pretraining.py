@@ -6,7 +6,8 @@ On a server, and by hand:
     python pretraining.py --model_name_or_path MODEL --train_file_dir data/pretrain --output_dir outputs/pt --do_train
 """
 
-from suwen.arguments import StageArguments, parse_library_flags, run
+from suwen.arguments import StageArguments, parse_library_flags
+from suwen.command_line import run
 from suwen.entry import stage_main
 
 # 2e-5 for all weights, 2e-4 for LoRA: MedicalGPT's run_pt.sh.

@@ -8,7 +8,8 @@ held-out pairs (prompts that were not trained) is written to score_report.json a
     python reward_modeling.py --model_name_or_path outputs/sft --train_file_dir data/preference --do_train
 """
 
-from suwen.arguments import RewardArguments, StageArguments, parse_library_flags, run
+from suwen.arguments import RewardArguments, StageArguments, parse_library_flags
+from suwen.command_line import run
 from suwen.entry import stage_main
 
 # 1e-5, one epoch, as more overfits, and a short memory of AdamW: Llama 2's (Touvron et al. 2023, arXiv:2307.09288,

@@ -6,7 +6,8 @@ On a server, and by hand:
     python supervised_finetuning.py --model_name_or_path MODEL --train_file_dir data/sft --do_train
 """
 
-from suwen.arguments import StageArguments, parse_library_flags, run
+from suwen.arguments import StageArguments, parse_library_flags
+from suwen.command_line import run
 from suwen.entry import stage_main
 
 # 2e-5 for all weights: MedicalGPT's run_sft.sh; 2e-4 for LoRA: Dettmers et al. 2023 (arXiv:2305.14314), table 9.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.command_line import OneLineParser, run
 from suwen.sketch import Sketch, SketchBuilder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 
 TABLE = Path(__file__).with_name("families.md")
 STEPS = ("pretraining", "SFT", "LoRA, 4 bit", "DPO", "merge", "generate")

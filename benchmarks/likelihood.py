@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.command_line import OneLineParser, run
 
 
 def single(model: Any, choices: list[Any]) -> list[list[float]]:

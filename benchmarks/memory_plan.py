@@ -21,15 +21,8 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import (
-    OddsRatioArguments,
-    PreferenceArguments,
-    RewardArguments,
-    build_parser,
-    flag,
-    run,
-    split_dataclasses,
-)
+from suwen.arguments import OddsRatioArguments, PreferenceArguments, RewardArguments
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 from suwen.packing import pack_best_fit
 
 KINDS = {"questions": (4.6, 0.6), "dialogues": (5.6, 0.8), "pairs": (3.9, 0.15)}  # log-normal: mean, deviation

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 
 CHARACTERS = 700  # in a row, three bytes each
 FIRST, LAST = 0x4E00, 0x9FA5  # of the common Chinese characters

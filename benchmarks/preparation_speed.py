@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import DataArguments, build_parser, flag, run, split_dataclasses
+from suwen.arguments import DataArguments
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 
 SCHEMAS = {"sft": "conversation", "pt": "text"}
 FOLDERS = {"sft": "sft", "pt": "pretrain"}

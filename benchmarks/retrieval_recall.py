@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.command_line import OneLineParser, run
 
 if TYPE_CHECKING:
     from suwen.retrieval.search import KnowledgeBase

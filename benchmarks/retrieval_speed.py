@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.command_line import OneLineParser, run
 
 
 def sample_documents(folder: Path, megabytes: float) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import run
+from suwen.command_line import run
 from suwen.serving import (
     Served,
     add_model_flags,

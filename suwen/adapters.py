@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from suwen.arguments import make_folder
+from suwen.command_line import make_folder
 from suwen.lineage import (
     ADAPTER_WEIGHTS,
     adapter_base,

@@ -1,4 +1,4 @@
-"""Command line of the stage scripts: our flags, the library's flags, and the names that older launchers hold.
+"""Command line of the stage scripts: our flags, and the library's flags.
 
 Standard library only, so that `--help` and mistakes in our own flags are answered before torch loads.
 The training library's own flags (learning rate, batch size, ...) are handed to its config class afterwards.
@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import errno
-import functools
 import os
-import re
 import sys
-import tempfile
-import time
-import types
-import typing
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass
+from typing import Any, Literal
 
-
-def flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from suwen.command_line import OneLineParser, build_parser, flag, split_dataclasses, unknown_flag
+from suwen.old_flags import pairs_of, translate_old_flags
 
 
 @dataclass
@@ -258,201 +247,6 @@ LIBRARY_HELP = {
 # Library flags that may be `auto`: the stage settles them by its memory plan (`suwen.planning`).
 AUTOMATIC = ("per_device_train_batch_size", "gradient_checkpointing")
 
-# Old names (MedicalGPT's, transformers 4's) whose meaning is the same today.
-RENAMED = {
-    "torch_dtype": "dtype",
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",
-    "max_seq_length": "max_length",
-    "model_max_length": "max_length",
-    "block_size": "max_length",
-    "neft_alpha": "neftune_noise_alpha",
-    "no_cuda": "use_cpu",
-    "preprocessing_num_workers": "num_proc",
-    "tokenizer_path": "tokenizer_name_or_path",
-    "resume_from_checkpoint": "resume",
-    "train_file": "train_file_dir",
-    "rpo_alpha": "sft_weight",
-    "orpo_beta": "orpo_lambda",
-    "center_rewards_coefficient": "centering",
-    "validation_file": "validation_file_dir",
-    "sft_model_path": "model_name_or_path",
-    "response_length": "max_new_tokens",
-    "init_kl_coef": "kl_coef",
-    "rloo_k": "num_generations",
-}
-# Old switches that today's defaults already are: accepted with this value, refused with any other.
-SETTLED = {
-    "save_safetensors": ("true", "weights are always saved as safetensors"),
-    "trust_remote_code": ("false", "code from a model folder never runs; convert the checkpoint to a native class"),
-    "ignore_pad_token_for_loss": ("true", "padding never counts in the loss"),
-    "use_fast_tokenizer": ("true", "tokenizers are always the fast ones"),
-    "ddp_find_unused_parameters_in_peft": ("false", "not needed"),
-}
-# Old switches without effect on the result: dropped with a notice.
-DROPPED = {
-    "streaming": "text is always read as a stream",
-    "overwrite_cache": "the cache is addressed by content, so it cannot be stale",
-    "preprocessing_only": "the data is always prepared before training",
-    "device_map": "the launcher places the model",
-    "include_tokens_per_second": "tokens per second are always in run.json",
-}
-# Old names without an equivalent: refused with what to do instead.
-REMOVED = {
-    "peft_path": "give the adapter folder as --model_name_or_path",
-    "flash_attn": "choose with --attn_implementation; packing needs no flash-attn package",
-    "use_flash_attention_2": "choose with --attn_implementation",
-    "dataset_name": "give local files by --train_file_dir",
-    "dataset_config_name": "give local files by --train_file_dir",
-    "max_prompt_length": "one limit for prompt and answer: --max_length",
-    "max_completion_length": "one limit for prompt and answer: --max_length",
-    "loss_weights": "one --loss_type, with --sft_weight for the term of the better answer",
-    "precompute_ref_log_probs": "the reference is always computed once, before the first step",
-    "padding_free": "rows are always computed without padding where the model can",
-    "generate_during_eval": "not available",
-    "whiten_rewards": "advantages are whitened, --whiten_advantages; scores are not",
-    "stop_token": "an answer ends with the stop token of its template",
-    "num_sample_generations": "answers of each update are in samples.jsonl",
-    "value_model_path": "the critic stands on the policy's backbone and begins with the head of the reward model",
-    "local_rollout_forward_batch_size": "scoring is packed up to --max_length; see --generation_batch_size",
-    "normalize_advantage": "use --whiten_advantages",
-    "normalize_reward": "advantages are whitened, --whiten_advantages; scores are not",
-    "label_pad_token_id": "labels are masked with -100 always",
-    "tool_format": "tool calls are not part of this version",
-    "fp16_opt_level": "removed from transformers; use --fp16",
-    "fp16_backend": "removed from transformers; use --fp16",
-    "half_precision_backend": "removed from transformers; use --bf16 or --fp16",
-    "sharded_ddp": "removed from transformers; use CONFIG=zero2 or CONFIG=fsdp2",
-    "adafactor": "use --optim adafactor",
-    "per_gpu_train_batch_size": "use --per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
-    "past_index": "removed from transformers",
-    "jit_mode_eval": "removed from transformers",
-    "use_ipex": "removed from transformers",
-    "torchdynamo": "use --torch_compile",
-    "use_mps_device": "removed from transformers",
-    "tpu_num_cores": "removed from transformers",
-}
-
-
-def pairs_of(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """Split a command line into (flag name without dashes, its values); leading stray words get the name ""."""
-    pairs: list[tuple[str, list[str]]] = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            pairs.append((name.replace("-", "_"), [value] if equals else []))
-        elif pairs:
-            pairs[-1][1].append(word)
-        else:
-            pairs.append(("", [word]))
-    return pairs
-
-
-def is_true(values: list[str]) -> bool:
-    return not values or values[0].lower() in {"true", "1", "yes"}
-
-
-def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Replace old flag names by today's, drop what has become the default, refuse what has no equivalent."""
-    pairs = pairs_of(argv)
-    given = {name for name, _ in pairs}
-    lengths = 0
-    result: list[str] = []
-    for name, values in pairs:
-        if name in {"max_source_length", "max_target_length"}:
-            try:
-                lengths += int(values[0])
-                if name == "max_source_length":  # PPO's launcher calls the other part of a row so
-                    lengths += int((dict(pairs).get("response_length") or ["0"])[0])
-            except (IndexError, ValueError):
-                raise ValueError(
-                    f"--{name}: found {' '.join(values) or 'nothing'}, expected a number of tokens"
-                ) from None
-            continue
-        if name in {"load_in_4bit", "load_in_8bit"}:
-            if is_true(values):
-                result += ["--quantization", name.removeprefix("load_in_")]
-            continue
-        if name == "qlora":
-            if is_true(values):
-                if not given & {"load_in_4bit", "load_in_8bit", "quantization"}:
-                    raise ValueError("--qlora: name the width, --quantization 4bit or --quantization 8bit")
-                result += ["--use_peft", "True"]
-            continue
-        if name == "reward_model_path":
-            if "reward" in given:
-                raise ValueError("--reward_model_path and --reward: give --reward model:FOLDER=1.0 alone")
-            result += ["--reward", f"model:{' '.join(values)}=1.0"]
-            continue
-        if name == "overwrite_output_dir":
-            result += ["--resume", "never"] if is_true(values) else []
-            continue
-        if name == "resume_from_checkpoint" and (not values or values[0].lower() in {"true", "false"}):
-            result += ["--resume", "auto" if is_true(values) else "never"]
-            continue
-        if name == "group_by_length":
-            result += ["--train_sampling_strategy", "group_by_length"] if is_true(values) else []
-            continue
-        if name == "validation_split_percentage":
-            try:
-                result += ["--validation_split_fraction", str(float(values[0]) / 100)]
-            except (IndexError, ValueError):
-                found = " ".join(values) or "nothing"
-                raise ValueError(f"--{name}: found {found}, expected a number, 0 to below 100") from None
-            continue
-        if name in SETTLED:
-            expected, reason = SETTLED[name]
-            if is_true(values) != (expected == "true"):
-                raise ValueError(f"--{name} {' '.join(values)}: not possible, {reason}")
-            continue
-        if name in DROPPED:
-            notice(f"--{name} has no effect: {DROPPED[name]}")
-            continue
-        if name in REMOVED:
-            if values and values[0].lower() in {"false", "none"}:
-                continue
-            raise ValueError(f"--{name} is not available: {REMOVED[name]}")
-        if name in RENAMED:
-            new = RENAMED[name]
-            if new in given:
-                raise ValueError(f"--{name} and --{new} mean the same: give one of them")
-            notice(f"--{name} is called --{new} today")
-            name = new
-        result += ["--" + name if name else "", *values] if name else values
-    if lengths:
-        if "max_length" in given:
-            raise ValueError("--max_source_length, --max_target_length and --max_length: give --max_length alone")
-        result += ["--max_length", str(lengths)]
-    return result
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() in {"true", "1", "yes"}:
-        return True
-    if text.lower() in {"false", "0", "no"}:
-        return False
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected True or False")
-
-
-def parse_or_word(kind: type, words: tuple[str, ...], text: str) -> Any:
-    """A word as it is, else a value of `kind`."""
-    if text in words:
-        return text
-    try:
-        return kind(text)
-    except ValueError:
-        expected = " or ".join([f"{kind.__name__} value", *words])
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}") from None
-
-
-NEITHER_TRAINED_NOR_WRITTEN = {
-    "gptq": "gptqmodel needs a newer torch than is pinned; expected 8bit or 4bit (in training also 2bit)",
-    "awq": "autoawq is no longer kept up; expected 8bit or 4bit (in training also 2bit)",
-    "gguf": "its package knows no models; train with 4bit, merge, and give the folder to llama.cpp's "
-    "convert_hf_to_gguf.py",
-}
-
 
 # What the library divides by, or multiplies with, without a look at it
 ABOVE_ZERO = (
@@ -460,68 +254,6 @@ ABOVE_ZERO = (
     "logging_steps", "eval_steps", "save_steps",
 )  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser of whole names alone, whose mistakes are a ValueError of one line instead of a usage page."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        found = re.match(r"argument (--\w*quantization): invalid choice: '(\w+)'", message)
-        if found and (reason := NEITHER_TRAINED_NOR_WRITTEN.get(found[2].lower())):
-            raise ValueError(f"{found[1]}: found {found[2]}, which is neither trained nor exported here: {reason}")
-        if message.startswith("unrecognized arguments: "):
-            word = message.split(": ", 1)[1].split()[0]
-            raise ValueError(unknown_flag(word, self._option_string_actions))
-        raise ValueError(message.removeprefix("argument "))
-
-
-def unknown_flag(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f"unknown flag or value {word!r}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-
-
-def add_dataclass(parser: argparse._ArgumentGroup, cls: type) -> None:
-    """Add one flag for each field of a dataclass; types: str, int, float, bool, Literal, each or None, or a word."""
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        hint = hints[item.name]
-        words: tuple[str, ...] = ()
-        if typing.get_origin(hint) in {typing.Union, types.UnionType}:
-            first, *others = (part for part in typing.get_args(hint) if part is not type(None))
-            words = tuple(word for part in others for word in typing.get_args(part))
-            hint = first
-        text = item.metadata.get("help", "").replace("%", "%%")
-        options: dict[str, Any] = {"default": item.default, "help": text}
-        if hint is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
-        elif typing.get_origin(hint) is Literal:
-            options |= {"choices": typing.get_args(hint)}
-        elif words:
-            options |= {"type": functools.partial(parse_or_word, hint, words)}
-            options["metavar"] = "|".join([hint.__name__.upper(), *words])
-        else:
-            options |= {"type": hint, "metavar": hint.__name__.upper()}
-        if item.default not in (None, ""):
-            options["help"] += f" (default: {item.default})"
-        parser.add_argument(f"--{item.name}", **options)
-
-
-def build_parser(description: str, *classes: type) -> OneLineParser:
-    parser = OneLineParser(
-        usage="%(prog)s [--flag value ...]",
-        description=description,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120),
-    )
-    for cls in classes:
-        add_dataclass(parser.add_argument_group(cls.__name__.removesuffix("Arguments").lower()), cls)
-    return parser
-
-
-def split_dataclasses(namespace: argparse.Namespace, *classes: type) -> list[Any]:
-    return [cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}) for cls in classes]
 
 
 def parse_stage_arguments(
@@ -659,24 +391,6 @@ def check_policy(given: PolicyArguments, lora: LoraArguments) -> None:
         raise ValueError("--rollout_server: weights are handed over as an adapter, add --use_peft True")
 
 
-def make_folder(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Make it; find out before the work, not after it, that nothing can be written there."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{flag} {folder}: cannot be written to ({error.strerror or error})") from None
-
-
-def check_output_file(path: str | Path, flag: str = "--output_file") -> None:
-    """`make_folder` for a file that grows, or will be written, in its folder."""
-    make_folder(Path(path).parent, flag)
-    if Path(path).is_dir():
-        raise ValueError(f"{flag} {path}: found a folder, expected a file")
-    if Path(path).exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"{flag} {path}: cannot be written to ({os.strerror(errno.EACCES)})")
-
-
 def parse_library_flags(args: StageArguments) -> dict[str, Any]:
     """Values of the library flags that were given, by name; unknown ones are refused with the nearest known name."""
     from transformers import HfArgumentParser, TrainingArguments
@@ -702,25 +416,3 @@ def parse_library_flags(args: StageArguments) -> dict[str, Any]:
         if name in NOT_NEGATIVE and not value >= 0:
             raise ValueError(f"--{name}: found {value}, expected 0 or more")
     return vars(namespace) | automatic
-
-
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a user's mistake (ValueError) becomes one line on stderr and exit code 2.
-
-    Of several processes that meet the same mistake the first one tells it: the launcher ends the others while they
-    wait. A mistake that only another rank meets is told by that one.
-    """
-    try:
-        main()
-    except ValueError as error:
-        if os.environ.get("SUWEN_TRACEBACK"):
-            raise
-        if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(5)
-        line = " ".join(str(error).split())
-        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    sys.exit(0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suwen.arguments import OneLineParser
+from suwen.command_line import OneLineParser
 from suwen.generation_settings import GenerationSettings
 from suwen.switching import Chains, find_base, load_adapters, named_folders
 

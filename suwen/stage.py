@@ -15,8 +15,9 @@ import torch
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
 from suwen import attention, planning
-from suwen.arguments import StageArguments, make_folder
+from suwen.arguments import StageArguments
 from suwen.checkpoint import UNFINISHED, checkpoint_step, explained_writing, remove_unfinished
+from suwen.command_line import make_folder
 from suwen.data import changed_files
 from suwen.generation import window_of
 from suwen.lineage import describe_lineage, find_start, is_adapter_dir, read_json

@@ -36,7 +36,7 @@ def _in_child(
     output: Path,
     variables: dict[str, str],
 ) -> None:
-    from suwen.arguments import run as run_main
+    from suwen.command_line import run as run_main
 
     os.setsid()
     os.environ.update(variables)

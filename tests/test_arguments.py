@@ -14,11 +14,11 @@ from suwen.arguments import (
     OddsRatioArguments,
     PreferenceArguments,
     RewardArguments,
-    check_output_file,
     parse_library_flags,
     parse_stage_arguments,
-    translate_old_flags,
 )
+from suwen.command_line import check_output_file
+from suwen.old_flags import translate_old_flags
 from tools import build_data, build_dialogues, build_index, check_contamination, experiment
 
 ROOT = Path(__file__).parents[1]

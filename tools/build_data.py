@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, make_folder, run, split_dataclasses
+from suwen.command_line import build_parser, flag, make_folder, run, split_dataclasses
 from suwen.retrieval.settings import RetrievalSettings
 
 NOTICE = "Sample data for research. No medical advice."

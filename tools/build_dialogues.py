@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, check_output_file, run
+from suwen.command_line import OneLineParser, check_output_file, run
 
 ROLES = Path(__file__).resolve().parents[1] / "data" / "roles"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, run
+from suwen.command_line import OneLineParser, run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, make_folder, run
+from suwen.command_line import OneLineParser, make_folder, run
 from suwen.readers import Refusal, Source, find_encoding, parse_sources, read_records
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import OneLineParser, make_folder, pairs_of, run
+from suwen.command_line import OneLineParser, make_folder, run
+from suwen.old_flags import pairs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # stage -> (launcher, its data)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 
 
 @dataclass

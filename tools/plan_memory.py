@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suwen.arguments import build_parser, flag, run, split_dataclasses
+from suwen.command_line import build_parser, flag, run, split_dataclasses
 from suwen.conversion import FamilyName
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from suwen.arguments import make_folder
+from suwen.command_line import make_folder
 from suwen.conversion.adapters import convert_adapter
 from suwen.conversion.configs import Config, load_native
 from suwen.conversion.families import FAMILIES, NATIVE, Family, convert_config, recognise

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from suwen.arguments import make_folder
+from suwen.command_line import make_folder
 from suwen.manifest import find_damage, publish
 from suwen.personal_data import find_personal_data, mask_personal_data
 from suwen.readers import Refusal, find_files, hash_file
