@@ -40,6 +40,7 @@ from suwen.serving import (
     say,
     serving_parser,
 )
+from suwen.tables import printable
 
 if TYPE_CHECKING:
     from suwen.chat_models import Ask
@@ -115,8 +116,8 @@ def answer_examples(served: Served | Endpoint, args: argparse.Namespace, knowled
         answer, hits = answers[index]
         print(f"\n问：{prompt.messages[-1]['content']}")
         if answer.reasoning:
-            print(f"思考：{answer.reasoning}")
-        print(f"答：{answer.content}", flush=True)
+            print(f"思考：{printable(answer.reasoning)}")
+        print(f"答：{printable(answer.content)}", flush=True)
         print_sources(answer.content, hits)
 
 
@@ -128,7 +129,7 @@ def print_sources(answer: str, hits: Sequence[Hit]) -> None:
 
     citations = check_citations(answer, [hit.passage for hit in hits])
     print("资料（*：回答中引用）：")
-    print("\n".join(describe_sources(hits, citations)))
+    print(printable("\n".join(describe_sources(hits, citations))))
     if citations.unknown:
         print(f"注意：引用了不存在的资料 {list(citations.unknown)}")
     if citations.unsupported:
@@ -191,7 +192,7 @@ class Chat:
         from suwen.retrieval.grounding import describe_sources
 
         hits = self.knowledge.search(question, self.args.num_passages)
-        print("\n".join(describe_sources(hits)) if hits else "(nothing found)")
+        print(printable("\n".join(describe_sources(hits))) if hits else "(nothing found)")
 
     def ask(self, question: str) -> None:
         """Stream the answer to stdout; Ctrl-C keeps what came so far."""
@@ -213,7 +214,7 @@ class Chat:
                 elif kind == "content" and not parts["content"] and parts["reasoning"]:
                     print("\n[回答] ", end="")
                 parts[kind] += text
-                print(text, end="", flush=True)
+                print(printable(text), end="", flush=True)
             print("" if parts["content"] else "(the model gave no answer)")
         except KeyboardInterrupt:
             print(" (stopped)")

@@ -7,9 +7,11 @@ for index, reply in complete_chats(endpoint, conversations, max_tokens=256, temp
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -185,6 +187,8 @@ def complete_chat(
     pause, problem = endpoint.first_wait, ""
     for attempt in range(endpoint.retries + 1):
         if attempt:
+            if attempt == 2:  # a second later it is no hiccup
+                say_once(f"{endpoint.url}: {problem}; trying again, {endpoint.retries + 1} times in all")
             time.sleep(min(LONGEST_WAIT, pause))
             pause = endpoint.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # not all threads at once
         before_each()
@@ -203,6 +207,11 @@ def complete_chat(
         except ValueError:
             pass  # absent, or a date
     raise EndpointError(f"{endpoint.url}: no answer after {endpoint.retries + 1} attempts ({problem})")
+
+
+@functools.lru_cache(maxsize=64)  # many requests under way meet the same
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def error_text(response: httpx.Response) -> str:

@@ -41,6 +41,7 @@ from suwen.rewards import Sample, Weighted, critic_head, require_answer_keys
 from suwen.rollout_server import RolloutServer
 from suwen.rollouts import Rollout, describe_answers, describe_samples, draw_answers, put_rows, row_of
 from suwen.saved_weights import save_compared
+from suwen.tables import counted
 
 
 class PolicyTrainer:
@@ -488,8 +489,9 @@ def describe_updates(args: Any, given: Any, num_rows: int) -> str:
     check_group_size(args, given)
     answers, steps = batch_size(args, given), num_epochs(given) * given.num_mini_batches
     return (
-        f"{given.algorithm}: {planned_updates(args, given, num_rows)} updates, each of {answers} answers to "
-        f"{answers // group_size(given)} prompts and {steps} optimiser steps"
+        f"{given.algorithm}: {counted(planned_updates(args, given, num_rows), 'update')}, each of "
+        f"{counted(answers, 'answer')} to {counted(answers // group_size(given), 'prompt')} and "
+        f"{counted(steps, 'optimiser step')}"
     )
 
 

@@ -26,6 +26,7 @@ from suwen.check_environment import query_gpus, read_pins
 from suwen.meeting import Lost, Meeting, meet
 from suwen.readers import parse_sources
 from suwen.records import SECRETS
+from suwen.tables import counted
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_SECONDS = 300.0  # for the other machines to start; PREFLIGHT_WAIT
@@ -351,7 +352,8 @@ def wait_seconds() -> float:
 def _summary(facts: Sequence[dict[str, Any]], clocks: Sequence[float], words: Sequence[str]) -> str:
     free = " and ".join(f"{each['disk']['free'] / 1e9:.0f} GB" for each in facts[:8])
     if len(facts) == 1:
-        return f"1 machine, {facts[0]['processes']} processes, {free} free in {facts[0]['disk']['folder']}"
+        processes = counted(facts[0]["processes"], "process", "processes")
+        return f"1 machine, {processes}, {free} free in {facts[0]['disk']['folder']}"
     data = ", ".join(f"{value['files']} data files" for value in facts[0]["data"].values()) or "data"
     return (
         f"{len(facts)} machines of {facts[0]['processes']} processes agree in {len(facts[0]['code'])} files of code, "

@@ -129,7 +129,7 @@ def _parse_source(part: str, flag: str, suffixes: tuple[str, ...]) -> Source:
         try:
             path, weight = head, float(tail)
         except ValueError:
-            pass  # a colon in a name, not a weight
+            weight = 0.0 if _exists(head) else 1.0  # without a file before it a colon is a part of the name
         if not 0 < weight < 1e6:
             raise ValueError(f"{flag}: weight of {head} is {tail}, expected a number above 0, such as 0.3 or 2")
     files, ignored = find_files(path, flag, suffixes)

@@ -1,9 +1,22 @@
-"""Tables on a terminal, where a Chinese character takes two columns."""
+"""What a terminal shows: tables, in which a Chinese character takes two columns, counted things, text of models."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line break
+
+
+def printable(text: str) -> str:
+    """Text that somebody else wrote, without what would move the cursor or colour the terminal."""
+    return CONTROL.sub("", text)
+
+
+def counted(number: int, thing: str, many: str = "") -> str:
+    """ "1 update", "2 updates"."""
+    return f"{number:,} {thing if number == 1 else many or thing + 's'}"
 
 
 def width(text: str) -> int:

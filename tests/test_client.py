@@ -52,11 +52,13 @@ def test_a_refusal_is_final_and_says_why():
     assert len(seen) == 1
 
 
-def test_a_dead_server_is_reported_after_all_attempts():
+def test_a_dead_server_is_told_once_while_all_attempts_are_made_and_in_the_end(capfd):
     with server(echo) as (url, _):
         pass
     with pytest.raises(EndpointError, match="no answer after 3 attempts .ConnectError"):
-        list(complete_chats(Endpoint(url, "m", retries=2, first_wait=0.01), [ask("甲")]))
+        list(complete_chats(Endpoint(url, "m", retries=2, first_wait=0.01), [ask("甲"), ask("乙"), ask("丙")]))
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{url}/v1/chat/completions: ConnectError") and line.endswith("again, 3 times in all")
 
 
 def test_an_answer_of_another_shape_is_an_error():

@@ -458,6 +458,6 @@ def test_a_weight_follows_the_last_colon_unless_the_path_exists_so(tmp_path):
     sources = readers.parse_sources(f"{tmp_path}/a:0.3, {tmp_path}/b:2,{tmp_path}/b:2:0.5")
     assert [(Path(source.path).name, source.weight) for source in sources] == [("a", 0.3), ("b:2", 1.0), ("b:2", 0.5)]
     assert readers.parse_sources(f"{tmp_path}/c,d")[0].weight == 1
-    for weight in ("0", "-1", "nan"):
+    for weight in ("0", "-1", "nan", "abc", ""):
         with pytest.raises(ValueError, match=f"weight of .*a is {weight}, expected a number above 0"):
             readers.parse_sources(f"{tmp_path}/a:{weight}")
