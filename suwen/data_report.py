@@ -91,7 +91,10 @@ class Report:
             lines.append(f"  refused rows are in {self.rejected_file}")
         lines += [f"  warning: {note}" for note in self.notes]
         origin = "taken from the cache, prepared before" if self.from_cache else "prepared"
-        lines.append(f"  {origin} in {self.seconds:.1f} s, fingerprint {self.fingerprint[:16]}")
+        seconds = max(self.seconds, 1e-3)
+        all_tokens = self.tokens + self.validation_tokens
+        speed = f"{self.seconds:.1f} s ({self.rows_read / seconds:,.0f} rows/s, {all_tokens / seconds:,.0f} tokens/s)"
+        lines.append(f"  {origin} in {speed}, fingerprint {self.fingerprint[:16]}")
         return lines
 
 

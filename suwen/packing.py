@@ -101,8 +101,9 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
 class Packs(torch.utils.data.Dataset):
     """A data set of packs over a data set of rows; an item is the list of its rows."""
 
-    def __init__(self, rows: Any, packs: Sequence[np.ndarray], lengths: np.ndarray) -> None:
-        """`lengths`: tokens of each row as it is computed."""
+    def __init__(self, rows: Any, packs: Sequence[np.ndarray], lengths: np.ndarray, seconds: float = 0.0) -> None:
+        """`lengths`: tokens of each row as it is computed; `seconds`: what the packing took."""
+        self.seconds = seconds
         self.rows, self.packs = rows, packs if isinstance(packs, Groups) else Groups.of(packs)
         # Attention within rows is quadratic in their length, everything else linear; a token attends to about
         # 1,000 others for the price of one layer's matrices, which is near enough to balance packs over ranks.

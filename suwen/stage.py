@@ -424,6 +424,7 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
     say(
         f"{planned_steps(trainer)} optimiser steps to come, over {len(packs.rows):,} rows in {len(packs):,} sequences"
         f" of {packs.tokens / len(packs):,.0f} tokens on average"
+        + (f", packed in {packs.seconds:.2f} s" if packs.seconds else "")
     )
     resumed = checkpoint_step(checkpoint) if checkpoint else -1
     before = read_json(checkpoint / "trainer_state.json")["num_input_tokens_seen"] if checkpoint else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -147,11 +148,13 @@ class PackedTrainer(Trainer):
     @classmethod
     def packs(cls, rows: Any, capacity: int, at_once: int = 1) -> Packs:
         """Packs of up to `capacity` tokens; without a capacity `at_once` rows of about the same length."""
+        began = time.monotonic()
         lengths = row_lengths(rows, cls.length_columns)
         if not capacity:
             order = np.argsort(lengths, kind="stable") if at_once > 1 else np.arange(len(rows))
             return Packs(rows, np.split(order, range(at_once, len(rows), at_once)), lengths)
-        return Packs(rows, pack_best_fit(lengths, max(capacity, int(lengths.max(initial=0)))), lengths)
+        groups = pack_best_fit(lengths, max(capacity, int(lengths.max(initial=0))))
+        return Packs(rows, groups, lengths, time.monotonic() - began)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "sequential":

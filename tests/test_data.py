@@ -264,6 +264,8 @@ def test_the_second_run_takes_the_same_rows_from_the_cache_and_says_so(prepare, 
     assert encode.calls == 0 and decode(second.train) == decode(first.train)
     assert not first.report.from_cache and second.report.from_cache
     assert any("taken from the cache" in line for line in second.report.lines())
+    report = Report(seconds=2.0, rows_read=3000, tokens=50_000, validation_tokens=10_000)
+    assert "prepared in 2.0 s (1,500 rows/s, 30,000 tokens/s)" in report.lines()[-1]
     assert {**second.report.to_dict(), "from_cache": False} == first.report.to_dict()
     moved = write_texts(tmp_path / "elsewhere" / "b.txt", range(50))
     third = prepare("text", moved).report
