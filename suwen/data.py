@@ -8,7 +8,6 @@ memory stays flat however large the files are.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -204,111 +203,139 @@ def _build(
 ) -> Report:
     began = time.monotonic()
     report = Report()
-    encodings: dict[Path, Encoding | None] = {}
-    kept = _KeptRows()
+    rows = _Rows(data, schema, [*train_sources, *validation_sources])
     large = sum(Path(path).stat().st_size for path in contents) >= LARGE_BYTES
     rejected = RejectedRows(folder / "rejected_rows.jsonl")
     with rejected, ThreadPoolExecutor(1) as meanwhile, only_new_garbage():
         sped_up = meanwhile.submit(encode.speed_up) if large else None
-
-        def survey(sources: list[Source], part: str = "") -> tuple[np.ndarray, list[int]]:
-            """Check all rows; the hash of each prompt, and the number of rows of each source."""
-            counts: list[int] = []
-
-            def hashes() -> Iterator[int]:
-                for source in sources:
-                    rows = read_files(
-                        source.files, schema, data.columns, data.on_bad_rows, rejected, report, encodings, part
-                    )
-                    counts.append(0)
-                    for row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
-                        counts[-1] += 1
-                        kept.add(row)
-                        yield prompt_hash(row)
-                    if source.ignored:
-                        report.notes.append(f"{source.path}: {_names(source.ignored)} passed over, not of a known kind")
-
-            return keep_on_disk(hashes(), folder), counts
-
-        prompts, source_rows = survey(train_sources)
-        validation_prompts, validation_rows = survey(validation_sources, VALIDATION)
+        train = _Survey(train_sources, *rows.survey(train_sources, rejected, report, folder))
+        validation = _Survey(validation_sources, *rows.survey(validation_sources, rejected, report, folder, VALIDATION))
         if sped_up:
             sped_up.result()  # before workers are forked
-
-    fraction = None if validation_sources else data.validation_split_fraction
-    weights = [source.weight for source in train_sources]
-    limits = (data.max_train_samples, fraction, data.max_eval_samples)
-    times, held = choose_rows(prompts, source_rows, weights, *limits, data.data_seed, report.rows_left_out)
-    report.rows_repeated = int(np.maximum(times - 1, 0).sum())
-    if fraction and not held.any():
-        report.notes.append("no validation rows: too few different prompts to hold any out")
-    chosen: np.ndarray = np.ones(0, dtype=bool)
-    if validation_sources:
-        repeated, _ = choose_rows(
-            validation_prompts, validation_rows, [source.weight for source in validation_sources],
-            None, None, None, data.data_seed, report.rows_left_out,
-        )  # fmt: skip
-        chosen = repeated > 0
-        if data.max_eval_samples:
-            random = np.random.default_rng(data.data_seed)
-            thin(chosen, data.max_eval_samples, random, report.rows_left_out, "--max_eval_samples")
-        seen = count_among(validation_prompts, chosen, prompts, times > 0)
-        report.validation_rows_seen_in_training = seen
-        if _same_files(train_sources, validation_sources, contents):
-            report.notes.append("the validation files are training files: the validation loss will look too good")
-        elif seen:
-            report.notes.append(f"the prompts of {seen:,} of {chosen.sum():,} validation rows are in training too")
-
-    total = int((times > 0).sum() + held.sum() + chosen.sum())
-    num_proc = min(data.num_proc or available_cores(), -(-total // BATCH_ROWS) or 1)
-    sinks = {True: ArrowFile(folder / "train.arrow"), False: ArrowFile(folder / "validation.arrow")}
-
-    def read_again() -> Iterator[dict[str, Any]]:
-        for sources in (train_sources, validation_sources):
-            if files := [file for source in sources for file in source.files]:
-                # counts and refused rows were taken in the first pass
-                yield from read_files(files, schema, data.columns, "skip", RejectedRows(None), Report(), encodings)
-
-    sketch = SketchBuilder()
-
-    def sketched(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for training, rows, repeated in batches:
-            if training:
-                sketch.add(rows)
-            yield training, rows, repeated
-
-    rows = read_again() if kept.rows is None else iter(kept.rows)
-    batches = sketched(build_batches(itertools.islice(rows, len(prompts)), times, held))
-    if validation_sources:
-        nothing: np.ndarray = np.zeros(len(chosen), dtype=np.int32)
-        batches = itertools.chain(batches, build_batches(rows, nothing, chosen))
-    encode_all(batches, encode, num_proc, total, sinks, report.rows_dropped)
-    for sink in sinks.values():
-        sink.close()
-    report.rows_encoded, report.tokens, report.trained_tokens = sinks[True].counts
-    report.validation_rows, report.validation_tokens, report.validation_trained_tokens = sinks[False].counts
+    times, held = _choose(data, train, validation, report)
+    if _same_files(train_sources, validation_sources, contents):
+        report.notes.append("the validation files are training files: the validation loss will look too good")
+    elif seen := report.validation_rows_seen_in_training:
+        report.notes.append(f"the prompts of {seen:,} of {held.sum():,} validation rows are in training too")
+    _encode(rows, encode, data.num_proc, times, held, report, folder)
     if not report.rows_encoded:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report.rows_dropped.items()) or "none chosen"
         raise ValueError(f"--train_file_dir {data.train_file_dir}: no row left to train on ({reasons})")
-    write_sketch(folder / SKETCH_FILE, sketch.finish())
-    report.fingerprint = sinks[True].digest.hexdigest()
     report.seconds = time.monotonic() - began
     return report
 
 
-class _KeptRows:
-    """The rows of the first pass; None once they would take more memory than KEPT_BYTES."""
+class _Rows:
+    """The canonical rows of these sources, source after source, as often as they are asked for."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] | None = []
+    def __init__(self, data: DataArguments, schema: str, sources: list[Source]) -> None:
+        self.data, self.schema, self.sources = data, schema, sources
+        self.encodings: dict[Path, Encoding | None] = {}  # what was detected, for the next pass
+        self.kept: list[dict[str, Any]] | None = []  # None once they would take more memory than KEPT_BYTES
         self._size = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        if self.rows is not None:
-            self.rows.append(row)
+    def survey(
+        self, sources: list[Source], rejected: RejectedRows, report: Report, folder: Path, part: str = ""
+    ) -> tuple[np.ndarray, list[int]]:
+        """The first pass: check all rows; the hash of each prompt, and the number of rows of each source."""
+        counts: list[int] = []
+
+        def hashes() -> Iterator[int]:
+            for source in sources:
+                rows = read_files(
+                    source.files, self.schema, self.data.columns, self.data.on_bad_rows, rejected, report,
+                    self.encodings, part,
+                )  # fmt: skip
+                counts.append(0)
+                for row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
+                    counts[-1] += 1
+                    self._keep(row)
+                    yield prompt_hash(row)
+                if source.ignored:
+                    report.notes.append(f"{source.path}: {_names(source.ignored)} passed over, not of a known kind")
+
+        return keep_on_disk(hashes(), folder), counts
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        if self.kept is not None:
+            self.kept.append(row)
             self._size += 1000 + 2 * characters(row)  # a Chinese character takes two bytes, the objects of a row a kB
             if self._size > KEPT_BYTES:
-                self.rows = None
+                self.kept = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows that were surveyed once more; what was counted and refused then is not again."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        for source in self.sources:
+            yield from read_files(
+                source.files, self.schema, self.data.columns, "skip", RejectedRows(None), Report(), self.encodings
+            )
+
+
+@dataclass
+class _Survey:
+    """What the first pass has found in the training or the validation sources."""
+
+    sources: list[Source]
+    prompts: np.ndarray  # (N,) uint64 hash of the prompt of each row
+    rows: list[int]  # of each source
+
+    @property
+    def weights(self) -> list[float]:
+        return [source.weight for source in self.sources]
+
+
+def _choose(data: DataArguments, train: _Survey, validation: _Survey, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """How often each row, of training and then of validation sources, is trained on, and which are held out."""
+    fraction = None if validation.sources else data.validation_split_fraction
+    limits = (data.max_train_samples, fraction, data.max_eval_samples)
+    times, held = choose_rows(train.prompts, train.rows, train.weights, *limits, data.data_seed, report.rows_left_out)
+    report.rows_repeated = int(np.maximum(times - 1, 0).sum())
+    if fraction and not held.any():
+        report.notes.append("no validation rows: too few different prompts to hold any out")
+    if not validation.sources:
+        return times, held
+    repeated, _ = choose_rows(
+        validation.prompts, validation.rows, validation.weights, None, None, None, data.data_seed, report.rows_left_out
+    )
+    chosen = repeated > 0
+    if data.max_eval_samples:
+        random = np.random.default_rng(data.data_seed)
+        thin(chosen, data.max_eval_samples, random, report.rows_left_out, "--max_eval_samples")
+    report.validation_rows_seen_in_training = count_among(validation.prompts, chosen, train.prompts, times > 0)
+    return np.concatenate([times, np.zeros_like(repeated)]), np.concatenate([held, chosen])
+
+
+def _encode(
+    rows: _Rows,
+    encode: Any,
+    num_proc: int | None,
+    times: np.ndarray,
+    held: np.ndarray,
+    report: Report,
+    folder: Path,
+) -> None:
+    """The second pass: encode the chosen rows in all cores, and sketch those that are trained on."""
+    total = int((times > 0).sum() + held.sum())
+    num_proc = min(num_proc or available_cores(), -(-total // BATCH_ROWS) or 1)
+    sinks = {True: ArrowFile(folder / "train.arrow"), False: ArrowFile(folder / "validation.arrow")}
+    sketch = SketchBuilder()
+
+    def batches() -> Iterator[Batch]:
+        for training, batch, repeated in build_batches(rows, times, held):
+            if training:
+                sketch.add(batch)
+            yield training, batch, repeated
+
+    encode_all(batches(), encode, num_proc, total, sinks, report.rows_dropped)
+    for sink in sinks.values():
+        sink.close()
+    report.rows_encoded, report.tokens, report.trained_tokens = sinks[True].counts
+    report.validation_rows, report.validation_tokens, report.validation_trained_tokens = sinks[False].counts
+    report.fingerprint = sinks[True].digest.hexdigest()
+    write_sketch(folder / SKETCH_FILE, sketch.finish())
 
 
 def _names(files: tuple[Path, ...]) -> str:
