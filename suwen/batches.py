@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from suwen.encoding import IGNORE_INDEX
+from suwen.encoding import IGNORE_INDEX, labels_of
 from suwen.rows import rows_of_pair
 
 Row = dict[str, list[int]]
@@ -42,9 +42,10 @@ def pack_rows(rows: Sequence[Row]) -> Batch:
     lengths = [len(row["input_ids"]) for row in rows]
     scored, labels, start = [], [], 0
     for row, length in zip(rows, lengths, strict=True):
-        positions = scored_positions(row["labels"])
+        trained = labels_of(row)
+        positions = scored_positions(trained)
         scored += [start + at for at in positions]
-        labels += [row["labels"][at + 1] for at in positions]
+        labels += [trained[at + 1] for at in positions]
         start += length
     return {
         "input_ids": torch.tensor([list(chain.from_iterable(row["input_ids"] for row in rows))]),
@@ -61,9 +62,10 @@ def pad_rows(rows: Sequence[Row], pad_token_id: int) -> Batch:
     mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], True, 0)
     scored, labels = [], []
     for number, row in enumerate(rows):
-        positions = scored_positions(row["labels"])
+        trained = labels_of(row)
+        positions = scored_positions(trained)
         scored += [number * ids.shape[1] + at for at in positions]
-        labels += [row["labels"][at + 1] for at in positions]
+        labels += [trained[at + 1] for at in positions]
     return {
         "input_ids": ids,
         "attention_mask": mask,

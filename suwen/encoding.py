@@ -614,12 +614,17 @@ def default_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:at]
 
 
+def labels_of(row: dict) -> list[int]:
+    """The labels of a row; all its tokens where it has none, as documents do."""
+    return row.get("labels", row["input_ids"])
+
+
 def row_segments(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The text of a row in segments, each with whether it is trained.
 
     Segments are cut out of the text decoded from the start, because some tokenizers drop a space at a beginning.
     """
-    ids, labels = row["input_ids"], row["labels"]
+    ids, labels = row["input_ids"], labels_of(row)
     cuts = [i for i in range(1, len(ids)) if (labels[i] == IGNORE_INDEX) != (labels[i - 1] == IGNORE_INDEX)]
     segments: list[tuple[str, bool]] = []
     done = ""

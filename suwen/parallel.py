@@ -76,7 +76,10 @@ def _to_table(rows: list[Row]) -> pa.Table:
 
 def _count_tokens(rows: list[Row]) -> tuple[int, int]:
     """Tokens, and those that the loss looks at."""
-    from suwen.encoding import IGNORE_INDEX  # here, so that bad data is answered before transformers is loaded
+    from suwen.encoding import (
+        IGNORE_INDEX,
+        labels_of,
+    )  # here, so that bad data is answered before transformers is loaded
 
     tokens = trained = 0
     for row in rows:
@@ -86,7 +89,7 @@ def _count_tokens(rows: list[Row]) -> tuple[int, int]:
         elif "prompt_ids" in row:  # a prompt alone
             tokens += len(row["prompt_ids"])
         else:
-            labels: list[int] = row["labels"] if "labels" in row else row["input_ids"]
+            labels = labels_of(row)
             tokens, trained = tokens + len(row["input_ids"]), trained + len(labels) - labels.count(IGNORE_INDEX)
     return tokens, trained
 

@@ -37,11 +37,11 @@ class RowEncoder:
 
 
 class DocumentRows(RowEncoder):
-    """Pretraining: every token of a document and its EOS; longer ones are split, no token is lost."""
+    """Pretraining: every token of a document and its EOS, all trained; longer ones are split, no token is lost."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.fingerprint = fingerprint(tokenizer, kind="document", max_length=max_length)
+        self.fingerprint = fingerprint(tokenizer, kind="document without labels", max_length=max_length)
 
     def __call__(self, row: dict[str, Any]) -> Encoded:
         ids = encode_document(row["text"], self.tokenizer)
@@ -49,7 +49,7 @@ class DocumentRows(RowEncoder):
         # A single leftover token has nothing to predict it from within its piece: it joins the piece before.
         if len(pieces) > 1 and len(pieces[-1]) == 1:
             pieces[-1] = [pieces[-2].pop(), *pieces[-1]]
-        return [{"input_ids": piece, "labels": list(piece)} for piece in pieces], Counter()
+        return [{"input_ids": piece} for piece in pieces], Counter()
 
 
 class ConversationRows(RowEncoder):

@@ -70,6 +70,14 @@ def test_packed_and_padded_rows_score_the_same_labels():
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
+def test_rows_without_labels_are_trained_as_a_whole():
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
+    labelled = [{**row, "labels": row["input_ids"]} for row in rows]
+    for bare, full in ((pack_rows(rows), pack_rows(labelled)), (pad_rows(rows, 0), pad_rows(labelled, 0))):
+        assert bare["score_labels"].tolist() == full["score_labels"].tolist() == [6, 7, 9]
+        assert bare["score_at"].tolist() == full["score_at"].tolist()
+
+
 def test_ranks_compute_packs_of_about_the_same_cost():
     costs = real_lengths(1000).astype(float)
     sampler = BalancedSampler(costs, group=8, seed=1)
