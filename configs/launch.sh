@@ -30,6 +30,10 @@ EOF
 
 say() { printf '%s\n' "$*" >&2; }
 
+counted() { # NUMBER ONE MANY
+    case $1 in 1) printf '%s %s' "$1" "$2" ;; *) printf '%s %s' "$1" "$3" ;; esac
+}
+
 fail() {
     say "error: $*"
     exit 2
@@ -171,7 +175,7 @@ count_processes() {
     case $num_processes in *[!0-9]*) fail "NUM_PROCESSES: found $num_processes, expected a number" ;; esac
     [ "$num_processes" -ge 1 ] || num_processes=1
     if [ "$num_gpus" -gt 0 ] && [ "$num_processes" -gt "$num_gpus" ]; then
-        fail "NUM_PROCESSES=$num_processes, but only $num_gpus GPU(s) are visible"
+        fail "NUM_PROCESSES=$num_processes, but $(counted "$num_gpus" 'GPU is' 'GPUs are') visible"
     fi
 }
 
@@ -255,7 +259,11 @@ run_stage() {
             --main_process_port "${MAIN_PROCESS_PORT:-$port}" "$@"
         set -- "$python" "$root/configs/launch.py" "$@"
     fi
-    case $num_gpus in 0) say "No GPU in use: $num_processes process(es) on the CPU" ;; *) say "$num_gpus GPU(s), $num_processes process(es)" ;; esac
+    processes=$(counted "$num_processes" process processes)
+    case $num_gpus in
+        0) say "No GPU in use: $processes on the CPU" ;;
+        *) say "$(counted "$num_gpus" GPU GPUs), $processes" ;;
+    esac
     if [ -n "${DRY_RUN:-}" ]; then
         quoted "$@"
         return 0

@@ -231,7 +231,7 @@ def check_gpus() -> int:
     gpus = select_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     version, cuda = build
     if gpus and cuda is None:
-        print(f"warning: torch {version} is a build for the CPU, the {len(gpus)} GPU(s) stay idle", file=sys.stderr)
+        print(f"warning: torch {version} is a build for the CPU, the GPUs stay idle ({len(gpus)})", file=sys.stderr)
         index = fitting_index(gpus)
         if index:
             print(f"A build that fits: {reinstall(version, index)}", file=sys.stderr)
