@@ -64,6 +64,7 @@ def varlen_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if query.shape[0] != 1:
         raise ValueError(f"a packed batch is one row, found {query.shape[0]}")
+    query, key, value = in_autocast_dtype(query, key, value)
     if kv_index is not None:
         key, value = key.index_select(2, kv_index), value.index_select(2, kv_index)
     if not dropout and has_kernel(query):
@@ -80,7 +81,7 @@ def varlen_attention(
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return output[None], None
-    lengths, key_lengths = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+    lengths, key_lengths = segment_lengths(cu_seq_lens_q), segment_lengths(cu_seq_lens_k)
     # split, not slices: the gradient of each slice would be a tensor of the whole row's size
     parts = zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
     pieces = []
@@ -104,6 +105,24 @@ def varlen_attention(
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the precision of autocast, where it is on.
+
+    Of float32 weights rotary positions leave queries and keys in float32, values are in 16 bit already; autocast knows
+    torch's own attention, not the variable-length kernel, which takes 16 bit alone.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=8)
+def segment_lengths(cu_seq_lens: torch.Tensor) -> list[int]:
+    """Lengths of segments. Every layer asks for those of the same tensor, and a GPU answers when it has caught up."""
+    return cu_seq_lens.diff().tolist()
 
 
 def short_attention(
@@ -174,6 +193,7 @@ def shifted_attention(
     return torch.cat(found, dim=2), None
 
 
+@functools.lru_cache(maxsize=8)  # every layer asks, as above
 def group_bounds(cu_seq_lens: torch.Tensor, group: int, shift: int) -> torch.Tensor:
     """(G + 1,) int32, where groups begin that are counted from `shift` within each segment, and the end of the last."""
     bounds = [0]
@@ -190,11 +210,15 @@ def register_shifted(group: int) -> str:
 
 
 def has_kernel(query: torch.Tensor) -> bool:
-    """Whether torch's variable-length kernel takes this: 16 bit on a GPU of compute capability 8.0 or newer."""
+    """Whether torch's variable-length kernel takes this: 16 bit on a GPU of compute capability 8.0 or newer.
+
+    It pads no heads: their width is a multiple of 8.
+    """
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device)[0] >= 8
     )
 

@@ -136,6 +136,33 @@ def test_short_segments_in_bfloat16_are_as_close_to_the_exact_result_as_the_kern
     assert max(short) < 2 * max(kernel) < 2 * 2**-8  # the precision of bfloat16
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_under_autocast_queries_and_keys_of_float32_weights_come_to_the_kernel_in_16_bit(name, monkeypatch):
+    model = MODELS[name]().eval()
+    model.set_attn_implementation(attention.NAME)
+    seen = []
+    original = attention.short_attention
+
+    def spy(query, key, value, *args):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return original(query, key, value, *args)
+
+    monkeypatch.setattr(attention, "short_attention", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs(pack_rows(random_rows(VOCABULARY))), use_cache=False)
+    assert seen == [{torch.bfloat16}] * 3 * 2  # rows, layers
+
+
+def test_layers_do_not_ask_again_where_segments_lie():
+    places = segments([5, 3], [7, 9])
+    lengths = attention.segment_lengths(places["cu_seq_lens_k"])
+    assert lengths == [7, 9] and attention.segment_lengths(places["cu_seq_lens_q"]) == [5, 3]
+    assert attention.segment_lengths(places["cu_seq_lens_k"]) is lengths
+    bounds = attention.group_bounds(places["cu_seq_lens_k"], 4, 0)
+    assert bounds.tolist() == [0, 4, 7, 11, 15, 16]
+    assert attention.group_bounds(places["cu_seq_lens_k"], 4, 0) is bounds
+
+
 def test_no_mask_is_built_for_packed_rows(monkeypatch):
     model = MODELS["llama"]()
     model.set_attn_implementation(attention.NAME)
