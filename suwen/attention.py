@@ -81,6 +81,9 @@ def varlen_attention(
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return output[None], None
+    if query.is_cuda and key.shape[1] != query.shape[1]:
+        # For older cards and float32 torch has one fast kernel, which knows no key heads that are shared
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     lengths, key_lengths = segment_lengths(cu_seq_lens_q), segment_lengths(cu_seq_lens_k)
     # split, not slices: the gradient of each slice would be a tensor of the whole row's size
     parts = zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
