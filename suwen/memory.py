@@ -446,7 +446,7 @@ def head_bytes(shape: Shape, setting: Setting) -> float:
         return setting.sequence_tokens * shape.hidden * (4.0 if setting.use_peft else 8.0)
     scored, e = setting.sequence_tokens * setting.trained_share, setting.compute_bytes
     copies = POLICY_HEAD_COPIES if setting.stage == "ppo" else HEAD_COPIES
-    rows = min(scored, chunk_rows(shape.vocabulary, setting.device == "cpu" and setting.stage != "ppo"))
+    rows = min(scored, chunk_rows(shape.vocabulary, setting.device if setting.stage != "ppo" else None))
     rounded = e if e == 2 else 0  # the head's own output, and later the slopes for its products
     chunk = rows * shape.vocabulary * (copies * 4 + rounded)
     hidden = 3 * scored * shape.hidden * e
