@@ -200,7 +200,7 @@ class PackedTrainer(Trainer):
         if self.router_loss is not None:  # a mean: counts as often as the batch has items
             items = self.num_items(inputs)
             loss = loss + self.router_coefficient * self.router_loss * items
-            sums |= {"router_loss": self.router_loss * items, "router_items": torch.tensor(items, device=loss.device)}
+            sums |= {"router_loss": self.router_loss * items, "router_items": loss.new_full((), items)}
         self.nonfinite.note(loss, inputs)
         for name, value in sums.items():
             value = value.detach().double()
@@ -438,7 +438,7 @@ class LanguageModelTrainer(PackedTrainer):
     def measure(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scored = self.call(model, batch)
         loss = -scored.logps.sum()
-        tokens = torch.tensor(scored.logps.numel(), device=loss.device)
+        tokens = loss.new_full((), scored.logps.numel())  # not torch.tensor, which has a GPU catch up
         return loss, {"nll": loss, "correct": scored.correct.sum(), "tokens": tokens}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -477,7 +477,7 @@ class PairTrainer(PackedTrainer):
         chosen = given.beta * (policy.chosen - reference.chosen).detach()
         rejected = given.beta * (policy.rejected - reference.rejected).detach()
         return losses.sum(), {
-            "pairs": torch.tensor(len(losses), device=losses.device),
+            "pairs": losses.new_full((), len(losses)),
             "loss": losses.detach().sum(),
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": rejected.sum(),
@@ -567,7 +567,7 @@ class OddsRatioTrainer(PairTrainer):
         losses = self.settings.orpo_lambda * odds_ratio_loss(mean) - mean.chosen
         chosen, rejected = log_odds(mean.chosen.detach()), log_odds(mean.rejected.detach())
         return losses.sum(), {
-            "pairs": torch.tensor(len(losses), device=losses.device),
+            "pairs": losses.new_full((), len(losses)),
             "loss": losses.detach().sum(),
             "nll": -mean.chosen.detach().sum(),
             "accuracy": (chosen > rejected).sum(),
@@ -606,7 +606,7 @@ class RewardTrainer(PackedTrainer):
         self.measured = torch.stack([numbers, chosen.detach(), rejected.detach()], dim=1)
         scores, ahead = scores.detach(), (chosen - rejected).detach()
         return losses.sum(), {
-            "pairs": torch.tensor(len(losses), device=losses.device),
+            "pairs": losses.new_full((), len(losses)),
             "loss": losses.detach().sum(),
             "accuracy": (ahead > 0).sum(),
             "margin": ahead.sum(),
