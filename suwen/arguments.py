@@ -285,6 +285,8 @@ def parse_stage_arguments(
         # One process trains on one GPU; the library would split each batch over all that it sees (DataParallel)
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     words = translate_old_flags(argv, notice=lambda line: print(f"note: {line}", file=sys.stderr))
+    if any(name == "use_cpu" and is_true(values) for name, values in pairs_of(words)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever asks for a GPU, bitsandbytes among them, finds none
     ours = build_parser(description, *classes)
     namespace, rest = ours.parse_known_args(words)
     model, data, lora, run, *rest_of_them = split_dataclasses(namespace, *classes)

@@ -106,6 +106,26 @@ def test_switches_work_bare_and_with_a_value():
     assert parse("--use_peft=True").lora.use_peft
 
 
+@pytest.mark.parametrize(
+    ("before", "words", "after"),
+    [
+        (None, [], "0"),
+        ("2,3", [], "2"),
+        (None, ["--use_cpu"], ""),
+        ("2,3", ["--no_cuda", "True"], ""),
+        ("2,3", ["--use_cpu", "False"], "2"),
+    ],
+)
+def test_one_process_sees_one_gpu_and_on_the_cpu_none(before, words, after, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    parse(*words)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
 def test_library_flags_keep_only_what_was_given():
     args = parse("--learning_rate", "1e-3", "--max_steps", "4", "--lora_rank", "4")
     assert args.lora.lora_rank == 4
