@@ -28,11 +28,11 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak of this process: allocated GPU memory where there is a GPU, else resident memory."""
+    """Peak of this process: allocated GPU memory where it has used a GPU, else resident memory."""
     import torch  # here, so that what only writes JSON does not wait for it
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return allocated
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
