@@ -68,6 +68,9 @@ COMMON = {
     "warmup_steps": 0.03,
     "seed": 42,
     "ddp_find_unused_parameters": False,
+    # While the main process asks benchmarks, or writes and reads back large weights, the others wait; the library would
+    # end the run after half an hour. A process or machine that is lost is noticed otherwise
+    "ddp_timeout": 6 * 3600,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 8,
