@@ -39,6 +39,7 @@ step lint "$python" -m ruff check .
 step format "$python" -m ruff format --check .
 step types "$python" -m mypy
 step tests "$python" -m pytest -m "$markers" "$@"
+case $(check_environment gpus) in 0 | '') ;; *) step "tests on the GPU" "$python" -m pytest -m gpu "$@" ;; esac
 
 if [ -n "$failed" ]; then
     printf '\nFAILED:%s\n' "$failed"

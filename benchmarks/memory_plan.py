@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +127,7 @@ def padded(point: Point) -> bool:
     return point.family in ("bloom", "chatglm")
 
 
-def measure(point: Point) -> int:
+def measure(point: Point, device: str = "cpu") -> int:
     """Peak of the allocator's live bytes over two optimiser steps, from before the model was built."""
     import torch
     from datasets import Dataset
@@ -164,15 +165,22 @@ def measure(point: Point) -> int:
         if bits := BITS.get(point.method):
             model.save_pretrained(folder + "/base")
         config = TrainingArguments(
-            output_dir=folder, use_cpu=True, bf16=point.bf16, report_to=[], max_steps=2,
+            output_dir=folder, use_cpu=device == "cpu", bf16=point.bf16, report_to=[], max_steps=2,
             per_device_train_batch_size=point.batch, gradient_accumulation_steps=point.accumulation,
             gradient_checkpointing=point.checkpointing, save_strategy="no", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         del model
         gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        counting: Any = (
+            nullcontext() if device == "cuda" else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        )
+        with counting as profiler:
             if bits:
-                model = load_base(folder + "/base", "auto", bits, torch.float32, "cpu")
+                compute = torch.bfloat16 if point.bf16 else torch.float32
+                model = load_base(folder + "/base", "auto", bits, compute, device)
                 for parameter in model.parameters():  # what is not quantised keeps the whole file mapped: no allocation
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.clone()
@@ -190,6 +198,8 @@ def measure(point: Point) -> int:
             if point.stage == "dpo":
                 trainer.compute_reference(Path(folder), "benchmark")
             trainer.train()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() - before
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
@@ -221,7 +231,8 @@ def config_of(point: Point) -> Any:
     return CONFIG_MAPPING[point.family](**values)
 
 
-def predict(point: Point) -> float:
+def predict(point: Point, device: str = "cpu") -> float:
+    """What the plan says of it; of a GPU without what its allocator does not hand out."""
     from suwen.memory import Setting, plan_memory, shape_of
 
     setting = Setting(
@@ -235,10 +246,11 @@ def predict(point: Point) -> float:
         batch=point.batch,
         gradient_accumulation_steps=point.accumulation,
         gradient_checkpointing=point.checkpointing,
-        device="cpu",
+        device=device,
         trained_share=(point.tokens - 1) / point.tokens,
     )
-    return plan_memory(shape_of(config_of(point)), setting).total
+    plan = plan_memory(shape_of(config_of(point)), setting)
+    return sum(size for name, size in plan.parts.items() if name not in ("CUDA context", "fragmentation allowance"))
 
 
 BITS = {"lora8": "8bit", "lora4": "4bit"}
