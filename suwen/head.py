@@ -146,7 +146,7 @@ def logit_settings(config: Any) -> tuple[float, float | None]:
 
 
 def chunk_rows(vocabulary: int, device: str | None = None) -> int:
-    """Rows of logits that are held at once, by `TokenLogps` on a type of device, or where a head is called."""
+    """Rows of logits that are held at once on a type of device; None for a head that is called as it is on a CPU."""
     size = max(1, (GPU_CHUNK_ELEMENTS if device == "cuda" else CHUNK_ELEMENTS) // vocabulary)
     return min(size, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocabulary)) if device == "cpu" else size
 
@@ -262,9 +262,9 @@ def score_by_module(
     if is_deepspeed_zero3_enabled():
         return piece(hidden, labels)
     vocabulary = getattr(head, "out_features", None) or 2**17
-    found = [
-        checkpoint(piece, hidden[part], labels[part], use_reentrant=False) for part in chunks(len(labels), vocabulary)
-    ] or [piece(hidden, labels)]
+    parts = chunks(len(labels), vocabulary, "cuda" if hidden.is_cuda else None)
+    found = [checkpoint(piece, hidden[part], labels[part], use_reentrant=False) for part in parts]
+    found = found or [piece(hidden, labels)]
     return torch.cat([logps for logps, _ in found]), torch.cat([correct for _, correct in found])
 
 
