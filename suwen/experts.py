@@ -81,7 +81,11 @@ def balance_loss(probability: torch.Tensor, chosen: torch.Tensor, kept: torch.Te
     if kept is not None:
         probability, chosen = probability[kept], chosen[kept]
     tokens, experts = probability.shape
-    shares = torch.bincount(chosen.flatten(), minlength=experts).to(probability.dtype) / max(tokens, 1)
+    # Not torch.bincount, which has a GPU catch up; float32 counts to 2^24
+    counts = torch.zeros(experts, device=chosen.device).scatter_add_(
+        0, chosen.flatten(), torch.ones(chosen.numel(), device=chosen.device)
+    )
+    shares = counts.to(probability.dtype) / max(tokens, 1)
     return experts * (shares * probability.mean(0)).sum()
 
 

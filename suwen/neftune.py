@@ -19,7 +19,8 @@ def row_lengths(batch: dict[str, Any]) -> torch.Tensor:
     """
     if "cu_seq_lens_q" in batch:
         queries, keys = batch["cu_seq_lens_q"].diff(), batch["cu_seq_lens_k"].diff()
-        return keys.repeat_interleave(queries.long())[None]
+        tokens = batch["input_ids"].shape[1]  # else a GPU is asked for their sum
+        return keys.repeat_interleave(queries.long(), output_size=tokens)[None]
     mask = batch.get("attention_mask")
     if mask is None:
         return torch.full_like(batch["input_ids"], batch["input_ids"].shape[1])
