@@ -14,9 +14,9 @@ if wants_help "$@"; then
     sed -n '2,7s/^# \{0,1\}//p' "$0"
     exit 0
 fi
-markers="not slow"
+markers="not slow" fast="not slow and not training and not distributed and not setup and not gpu"
 case ${1:-} in
-    --fast) markers="not slow and not training and not distributed and not setup and not gpu" && shift ;;
+    --fast) markers=$fast && shift ;;
     --all) markers="" && shift ;;
     --reliability) markers="" && shift && set -- tests/reliability "$@" ;;
 esac
@@ -39,7 +39,9 @@ step lint "$python" -m ruff check .
 step format "$python" -m ruff format --check .
 step types "$python" -m mypy
 step tests "$python" -m pytest -m "$markers" "$@"
-case $(check_environment gpus) in 0 | '') ;; *) step "tests on the GPU" "$python" -m pytest -m gpu "$@" ;; esac
+if [ $# -eq 0 ] && [ "$markers" != "$fast" ]; then # not where some of the tests were asked for
+    case $(check_environment gpus) in 0 | '') ;; *) step "tests on the GPU" "$python" -m pytest -m gpu ;; esac
+fi
 
 if [ -n "$failed" ]; then
     printf '\nFAILED:%s\n' "$failed"
