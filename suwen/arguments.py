@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from suwen.command_line import OneLineParser, build_parser, flag, split_dataclasses, unknown_flag
-from suwen.old_flags import pairs_of, translate_old_flags
+from suwen.old_flags import is_true, pairs_of, translate_old_flags
 
 
 @dataclass
