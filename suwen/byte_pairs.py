@@ -78,7 +78,7 @@ class BytePairs:
         self._added = added
         longest_first = sorted(added, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._often = lru_cache(maxsize=256)(self._words.encode_ordinary)  # "\\n" and the like, between added tokens
+        self._often = lru_cache(maxsize=256)(self._words.encode_ordinary)  # "\n" and the like, between added tokens
 
     def encode(self, text: str) -> list[int] | None:
         """The ids of a text without any special tokens around it; None: ask the tokenizer itself."""

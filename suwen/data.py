@@ -208,8 +208,8 @@ def _build(
     rejected = RejectedRows(folder / "rejected_rows.jsonl")
     with rejected, ThreadPoolExecutor(1) as meanwhile, only_new_garbage():
         sped_up = meanwhile.submit(encode.speed_up) if large else None
-        train = _Survey(train_sources, *rows.survey(train_sources, rejected, report, folder))
-        validation = _Survey(validation_sources, *rows.survey(validation_sources, rejected, report, folder, VALIDATION))
+        train = rows.survey(train_sources, rejected, report, folder)
+        validation = rows.survey(validation_sources, rejected, report, folder, VALIDATION)
         if sped_up:
             sped_up.result()  # before workers are forked
     times, held = _choose(data, train, validation, report)
@@ -236,8 +236,8 @@ class _Rows:
 
     def survey(
         self, sources: list[Source], rejected: RejectedRows, report: Report, folder: Path, part: str = ""
-    ) -> tuple[np.ndarray, list[int]]:
-        """The first pass: check all rows; the hash of each prompt, and the number of rows of each source."""
+    ) -> _Survey:
+        """The first pass: check all rows, and keep them while they are few."""
         counts: list[int] = []
 
         def hashes() -> Iterator[int]:
@@ -254,7 +254,7 @@ class _Rows:
                 if source.ignored:
                     report.notes.append(f"{source.path}: {_names(source.ignored)} passed over, not of a known kind")
 
-        return keep_on_disk(hashes(), folder), counts
+        return _Survey(sources, keep_on_disk(hashes(), folder), counts)
 
     def _keep(self, row: dict[str, Any]) -> None:
         if self.kept is not None:
