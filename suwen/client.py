@@ -7,7 +7,6 @@ for index, reply in complete_chats(endpoint, conversations, max_tokens=256, temp
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -44,6 +43,7 @@ class Endpoint:
     retries: int = 6
     timeout: float = 300.0  # seconds, of one request
     first_wait: float = 0.5  # seconds before the first retry; doubled each time
+    told: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)  # failures by kind
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -188,7 +188,7 @@ def complete_chat(
     for attempt in range(endpoint.retries + 1):
         if attempt:
             if attempt == 2:  # a second later it is no hiccup
-                say_once(f"{endpoint.url}: {problem}; trying again, {endpoint.retries + 1} times in all")
+                _tell_of_retries(endpoint, problem)
             time.sleep(min(LONGEST_WAIT, pause))
             pause = endpoint.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # not all threads at once
         before_each()
@@ -209,9 +209,12 @@ def complete_chat(
     raise EndpointError(f"{endpoint.url}: no answer after {endpoint.retries + 1} attempts ({problem})")
 
 
-@functools.lru_cache(maxsize=64)  # many requests under way meet the same
-def say_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _tell_of_retries(endpoint: Endpoint, problem: str) -> None:
+    """On stderr; of many requests under way that meet the same kind of problem, one says it."""
+    kind, me = problem.partition(":")[0], object()  # what follows the kind may name the request
+    if endpoint.told.setdefault(kind, me) is me:
+        times = f"{endpoint.retries + 1} times in all"
+        print(f"{endpoint.url}: {problem}; trying again, {times}", file=sys.stderr, flush=True)
 
 
 def error_text(response: httpx.Response) -> str:

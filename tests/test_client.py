@@ -61,6 +61,17 @@ def test_a_dead_server_is_told_once_while_all_attempts_are_made_and_in_the_end(c
     assert line.startswith(f"{url}/v1/chat/completions: ConnectError") and line.endswith("again, 3 times in all")
 
 
+def test_retries_are_told_once_where_every_failure_names_its_request(capfd):
+    def full(_body, number):
+        return 503, {}, {"error": {"message": f"full, request {number}"}}
+
+    with server(full) as (url, _):
+        with pytest.raises(EndpointError, match="HTTP 503: full, request"):
+            list(complete_chats(Endpoint(url, "m", retries=2, first_wait=0.01), [ask("甲"), ask("乙"), ask("丙")]))
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{url}/v1/chat/completions: HTTP 503: full, request")
+
+
 def test_an_answer_of_another_shape_is_an_error():
     with server(lambda body, number: (200, {}, b"<html>login</html>")) as (url, _):
         with pytest.raises(EndpointError, match="expected a chat completion"):
