@@ -205,7 +205,7 @@ class Chat:
         if reply.dropped:
             print(f"(the oldest turns, {reply.dropped} tokens, no longer fit the model's window and are left out)")
         if self.args.with_prompt and reply.prompt:
-            print(reply.prompt)
+            print(printable(reply.prompt))
         parts = {"reasoning": "", "content": ""}
         try:
             for kind, text in reply.pieces:

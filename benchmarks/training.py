@@ -315,6 +315,9 @@ def main() -> None:
     parser.add_argument("--only", help="contenders, comma-separated")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    from suwen.check_environment import see_one_gpu
+
+    see_one_gpu()
     if given.worker:
         print("RESULT " + json.dumps(measure_limit(given) if given.worker == LIMIT else work(given.worker, given)))
         return

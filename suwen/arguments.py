@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from suwen.check_environment import see_one_gpu
 from suwen.command_line import OneLineParser, build_parser, flag, split_dataclasses, unknown_flag
 from suwen.old_flags import is_true, pairs_of, translate_old_flags
 
@@ -251,7 +252,7 @@ AUTOMATIC = ("per_device_train_batch_size", "gradient_checkpointing")
 # What the library divides by, or multiplies with, without a look at it
 ABOVE_ZERO = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-    "logging_steps", "eval_steps", "save_steps",
+    "logging_steps", "eval_steps", "save_steps", "ddp_timeout",
 )  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 
@@ -282,10 +283,9 @@ def parse_stage_arguments(
         parser.print_help()
         raise SystemExit(0)
     if "LOCAL_RANK" not in os.environ:
-        # One process trains on one GPU; the library would split each batch over all that it sees (DataParallel)
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        see_one_gpu()
     words = translate_old_flags(argv, notice=lambda line: print(f"note: {line}", file=sys.stderr))
-    if any(name == "use_cpu" and is_true(values) for name, values in pairs_of(words)):
+    if is_true(dict(pairs_of(words)).get("use_cpu", ["False"])):  # given twice, the later one counts
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever asks for a GPU, bitsandbytes among them, finds none
     ours = build_parser(description, *classes)
     namespace, rest = ours.parse_known_args(words)

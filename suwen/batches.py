@@ -83,11 +83,6 @@ def collate_rows(packs: Iterable[list[Row]], pad_token_id: int | None = None) ->
 # Preference pairs
 
 
-def pair_length(pair: dict[str, Any]) -> int:
-    """Tokens of a pair as it is computed: its prompt once."""
-    return sum(len(pair[name]) for name in PAIR_COLUMNS)
-
-
 def pack_pairs(pairs: Sequence[dict[str, Any]]) -> Batch:
     """Pairs one behind another, each as [prompt, chosen, rejected] with its prompt computed once.
 

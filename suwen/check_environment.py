@@ -154,6 +154,11 @@ def select_visible(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
     return chosen
 
 
+def see_one_gpu() -> None:
+    """One process trains on one GPU; the library would split each batch over all that it sees (DataParallel)."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def misfits(build: Build, gpus: list[Gpu]) -> list[str]:
     """Say what keeps this build of torch from using these GPUs; nothing if it fits."""
     problems = []

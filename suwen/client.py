@@ -43,7 +43,7 @@ class Endpoint:
     retries: int = 6
     timeout: float = 300.0  # seconds, of one request
     first_wait: float = 0.5  # seconds before the first retry; doubled each time
-    told: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)  # failures by kind
+    told: dict[str, object] = field(default_factory=dict, repr=False, compare=False)  # kinds of failure, told already
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)

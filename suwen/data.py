@@ -31,6 +31,7 @@ from suwen.loading import RejectedRows, read_files
 from suwen.manifest import publish
 from suwen.parallel import (
     BATCH_ROWS,
+    MESSAGES,
     OF_SOME_PAIRS,
     ArrowFile,
     Batch,
@@ -259,7 +260,8 @@ class _Rows:
     def _keep(self, row: dict[str, Any]) -> None:
         if self.kept is not None:
             self.kept.append(row)
-            self._size += 1000 + 2 * characters(row)  # a Chinese character takes two bytes, the objects of a row a kB
+            messages = sum(len(row.get(name, ())) for name in MESSAGES)
+            self._size += 500 + 350 * messages + 2 * characters(row)  # objects; a Chinese character takes two bytes
             if self._size > KEPT_BYTES:
                 self.kept = None
 

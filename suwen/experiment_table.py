@@ -21,7 +21,7 @@ from suwen.records import write_json
 from suwen.report import format_overview, html_table, tag, write_page
 from suwen.runs import load_run
 from suwen.statistics import compare_correct
-from suwen.tables import table
+from suwen.tables import printable, table
 
 SHOWN_QUESTIONS = 2  # of each group, with the answer of every stage
 DRAWN = {
@@ -116,8 +116,8 @@ def sample_answers(folders: dict[str, Path]) -> str:
             first = next(iter(asked.values()))
             lines.append(f"{group}  {first['question']}  right: {'、'.join(first['target'])}")
             for stage, record in asked.items():
-                mark = "+" if record["correct"] else " "
-                lines.append(f"   {mark} {stage}: {' '.join(record['response'].split())[:60] or '(nothing)'}")
+                mark, said = "+" if record["correct"] else " ", printable(" ".join(record["response"].split()))
+                lines.append(f"   {mark} {stage}: {said[:60] or '(nothing)'}")
     return "\n".join(lines)
 
 

@@ -134,7 +134,6 @@ SYMPTOM_CHARACTERS = frozenset(
 NO_DEPARTMENT = re.compile(r"\d|岁|发病")
 PERSON = re.compile(rf"{NAME}|[毓所巨][\u4e00-\u9fff]{{1,2}}")
 SEPARATORS = re.compile(r"[、，,；;|\t\n]+|(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])")
-ENUMERATED = re.compile(r"(?:^|(?<=[。；;\n]))\s*(?:\d{1,2}[.、．)）]|[（(]\d{1,2}[)）]|[①-⑳])\s*")
 
 
 def clean_cell(value: Any) -> str:

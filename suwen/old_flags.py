@@ -99,7 +99,7 @@ def pairs_of(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def is_true(values: list[str]) -> bool:
-    return not values or values[0].lower() in {"true", "1", "yes"}
+    return not values or values[0].lower() in {"true", "t", "yes", "y", "1"}  # the library's words
 
 
 def translate_old_flags(argv: list[str], notice: Callable[[str], None] = lambda line: None) -> list[str]:

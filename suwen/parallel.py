@@ -125,10 +125,11 @@ class ArrowFile:
 
 
 def characters(row: Row) -> int:
-    """Of the text of a canonical row, or of all its messages."""
+    """Of the text of a canonical row, or of all its messages (thinking with them) and its answer key."""
     if "text" in row:
         return len(row["text"])
-    return sum(len(message["content"]) for name in MESSAGES for message in row.get(name, ()))
+    messages = (message for name in MESSAGES for message in row.get(name, ()))
+    return len(row.get("item", "")) + sum(len(text) for message in messages for text in message.values())
 
 
 def build_batches(rows: Iterable[Row], train_times: np.ndarray, held: np.ndarray) -> Iterator[Batch]:

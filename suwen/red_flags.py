@@ -58,6 +58,6 @@ def find_red_flags(text: str) -> list[RedFlag]:
         for rule in load_rules()
         if all(other.search(text) for other in rule.others)
         and any(
-            not DENIAL.search(text[max(0, match.start() - 40) : match.start()]) for match in rule.any.finditer(text)
+            not DENIAL.search(text[max(0, match.start() - REACH) : match.start()]) for match in rule.any.finditer(text)
         )
     ]

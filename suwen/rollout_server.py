@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class RolloutServer:
     url: str
     folder: Path  # adapters are put below it
     loaded: str = ""
+    told: dict[str, object] = field(default_factory=dict)  # of all updates, see Endpoint
 
     def hand_over(self, trainer: Any, step: int) -> None:
         """Give the server the policy as it is now; every rank takes part."""
@@ -67,7 +68,7 @@ class RolloutServer:
         settings: GenerationSettings,
         seeds: Sequence[int],
     ) -> list[Answer]:
-        endpoint = Endpoint(self.url, self.loaded)
+        endpoint = Endpoint(self.url, self.loaded, told=self.told)
         found: list[Answer | None] = [None] * len(prompts)
         sampling = {
             "max_tokens": settings.max_new_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute
 import torch
+from accelerate import PartialState
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
 from suwen import attention, planning
@@ -231,9 +233,17 @@ def training_config(
     if data.validation is None or library.get("do_eval") is False:
         values["eval_strategy"] = "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = args.run.logging_dir or str(Path(args.run.output_dir) / "tensorboard")
+    if values["use_cpu"]:
+        start_group_on_cpus(values.get("ddp_backend"), values["ddp_timeout"])
     config = TrainingArguments(**values)
     require_same_data(data.report.fingerprint, config.device)
     return config
+
+
+def start_group_on_cpus(backend: str | None, timeout: float) -> None:
+    """The process group as TrainingArguments would make it, which gives `timeout` (seconds) to GPUs alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=True, backend=backend, timeout=datetime.timedelta(seconds=timeout))
 
 
 def dry_run(args: StageArguments, config: Any, data: PreparedData, steps: list[str] | None = None) -> None:

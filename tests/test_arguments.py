@@ -114,6 +114,8 @@ def test_switches_work_bare_and_with_a_value():
         (None, ["--use_cpu"], ""),
         ("2,3", ["--no_cuda", "True"], ""),
         ("2,3", ["--use_cpu", "False"], "2"),
+        ("2,3", ["--use_cpu", "True", "--use_cpu", "False"], "2"),
+        ("2,3", ["--use_cpu", "False", "--use_cpu=t"], ""),
     ],
 )
 def test_one_process_sees_one_gpu_and_on_the_cpu_none(before, words, after, monkeypatch):

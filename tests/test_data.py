@@ -93,12 +93,19 @@ def test_worker_processes_give_the_rows_of_one_process(prepare, tmp_path, monkey
     assert alone.report.fingerprint == together.report.fingerprint
 
 
+def test_thinking_and_answer_keys_count_as_text_that_is_held():
+    answer = {"role": "assistant", "content": "乙" * 10, "reasoning_content": "丙" * 1000}
+    row = {"messages": [{"role": "user", "content": "甲" * 20}, answer]}
+    assert parallel.characters(row) == len("user" + "assistant") + 1030
+    assert parallel.characters(row | {"item": "丁" * 50}) == parallel.characters(row) + 50
+
+
 def test_rows_that_are_read_again_are_those_that_were_kept(prepare, tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"第{number}篇" * 9}, ensure_ascii=False) for number in range(200)]
     train = write_texts(tmp_path / "a.jsonl", [*lines[:90], "{", *lines[90:160]])
     settings = {"validation_file_dir": write_texts(tmp_path / "b.jsonl", lines[150:]), "on_bad_rows": "skip"}
     kept = prepare("text", f"{train}:1.5", cache_dir=str(tmp_path / "1"), **settings)
-    monkeypatch.setattr(data_module, "KEPT_BYTES", 9000)  # of these rows some seven
+    monkeypatch.setattr(data_module, "KEPT_BYTES", 9000)  # of these rows some sixteen
     again = prepare("text", f"{train}:1.5", cache_dir=str(tmp_path / "2"), **settings)
     assert decode(kept.train) == decode(again.train) and len(kept.train) == 240
     assert decode(kept.validation) == decode(again.validation) and len(kept.validation) == 50

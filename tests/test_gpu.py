@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ROOT = Path(__file__).parents[1]
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 HALF = torch.bfloat16 if AMPERE else torch.float16
-several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+GPUS = (os.environ.get("TEST_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")).split(",")
+several = pytest.mark.skipif(len(GPUS) < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +172,9 @@ def test_the_memory_plan_is_near_what_is_allocated(method, checkpointing):
     assert predict(longer, "cuda") == pytest.approx(measure(longer, "cuda"), rel=0.2)
 
 
-def test_the_preflight_adds_up_over_nccl(tmp_path):
-    count = torch.cuda.device_count()
-    found = reduce_here(f"file://{tmp_path}/store", range(count), count)
+def test_the_preflight_adds_up_over_nccl(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(GPUS))
+    found = reduce_here(f"file://{tmp_path}/store", range(len(GPUS)), len(GPUS))
     assert not found["problem"] and found["backend"] == "nccl"
 
 
@@ -190,6 +191,7 @@ def test_the_preflight_adds_up_over_nccl(tmp_path):
 def test_the_launcher_trains_with_every_engine(config, processes, method, base, tmp_path):
     given = words("sft", base, tmp_path, *METHODS[method])
     variables = {"PYTHON": sys.executable, "SETUP": "skip", "CONFIG": config, "NUM_PROCESSES": str(processes)}
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(GPUS[:processes])
     command = ["bash", str(ROOT / "run_sft.sh"), "--use_peft", "False", *given]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

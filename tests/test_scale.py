@@ -139,6 +139,28 @@ def test_two_processes_of_the_launcher_have_the_losses_and_weights_of_one(base, 
     require_same_run(tmp_path, alone, base)
 
 
+def tell_timeout(output: Path) -> None:
+    begin = torch.distributed.init_process_group
+
+    def begin_and_tell(*args, **kwargs):
+        begin(*args, **kwargs)
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        print("ranks wait for", group.options._timeout)
+
+    torch.distributed.init_process_group = begin_and_tell
+
+
+@pytest.mark.training
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["ddp", "zero2"])
+def test_ranks_wait_for_the_main_process_as_long_as_they_are_told(config, base, tmp_path):
+    for flags, expected in (((), "6:00:00"), (("--ddp_timeout", "4000"), "1:06:40")):
+        output = tmp_path / str(len(flags))
+        words = words_for(base, output, "--max_steps", "1", *flags)
+        for text in run_ranks("sft", words, output, config, before=tell_timeout):
+            assert text.count("ranks wait for") == 1 and f"ranks wait for {expected}" in text
+
+
 @pytest.mark.training
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", ["zero1", "zero2", "zero3", "fsdp2"])

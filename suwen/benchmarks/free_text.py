@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from suwen import metrics
 from suwen.benchmarks.choice import listed, parse_choice
 from suwen.benchmarks.task import Item, PublishedRow, Record, Row, Task, lower_keys, text_of
@@ -93,12 +91,6 @@ def summarise_text(records: Sequence[Record]) -> dict[str, Any]:
             found["lengths"] = {"answer": float(lengths[0]), "reference": float(lengths[1])}
     found["empty"] = sum(not record["response"].strip() for record in records)
     return found
-
-
-def paired_counts(records: Sequence[Record]) -> np.ndarray:
-    """(N, COLUMNS) character counts of the answers, for a paired bootstrap of any of the scores."""
-    texts = [[metrics.tokenize(record[key]) for record in records] for key in ("response", "target")]
-    return metrics.text_counts(*texts)
 
 
 def free_text(name: str, title: str, parse: Any, ask: Any, source: str, **options: Any) -> Task:
