@@ -155,8 +155,9 @@ def test_an_answer_is_retried_edited_liked_and_exported(open_page, address):
     answers(page).first.wait_for()
     wait_until_done(page)
     first = answers(page).first.inner_text()
-    page.locator("#chat button[aria-label='Retry'], #chat button[aria-label='重试']").first.click()
-    page.wait_for_timeout(300)
+    with page.expect_response(lambda response: "/queue/join" in response.url):
+        page.locator("#chat button[aria-label='Retry'], #chat button[aria-label='重试']").first.click()
+    page.wait_for_timeout(300)  # until the page says that it is busy
     wait_until_done(page)
     expect(answers(page).first).to_have_text(first, timeout=WAIT)  # greedy
     page.locator("#chat").get_by_role("button", name=re.compile("^(like|赞)$", re.IGNORECASE)).first.click()
